@@ -1,0 +1,201 @@
+"""What can happen: one frozen Struct per kind of event, and their union `Event`.
+
+Events are stored as arrays that begin with a short tag. They only grow: a new field goes last and has a default, a
+changed meaning gets a new tag and an upcaster in `codec`. An event tells what was called, as it was called; what
+that means for a trial is decided by `projections`.
+
+A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<group>", "p/<project>", "s/<sweep id>".
+"""
+
+from __future__ import annotations
+
+from typing import Any, Union, get_args
+from urllib.parse import quote, unquote
+
+from msgspec import Struct
+
+# A metric's value, and a step: what is kept exactly as it was given.
+Scalar = Union[float, int, bool, str, None]
+Step = Union[float, int, None]
+# Plain data as in JSON, plus bytes: params, metadata, chart specifications, references.
+Plain = Any
+# An aggregator's name and its arguments, as chosen by the caller: ("ring", {"n": 10}).
+AggregatorChoice = tuple[str, dict[str, Plain]]
+
+
+class _Event(Struct, frozen=True, array_like=True, gc=False):
+    """Frozen, encoded as an array, never tracked by the garbage collector (events hold no cycles)."""
+
+
+class ProjectCreated(_Event, tag="p+"):
+    project: str
+
+
+class GroupCreated(_Event, tag="g+"):
+    project: str
+    group: str
+
+
+class TrialCreated(_Event, tag="t+"):
+    project: str
+    group: str
+    name: str
+    description: str = ""
+    version: str | None = None
+    attempt: int = 1
+
+
+class TrialStarted(_Event, tag="t>"):
+    """The trial, or one more rank or attempt at it (`resumed`), has begun to run."""
+
+    resumed: bool = False
+
+
+class TrialFinished(_Event, tag="t."):
+    """The trial ended; `status` is the caller's own word."""
+
+    status: str = "completed"
+    error: str | None = None
+
+
+class StatusChanged(_Event, tag="st"):
+    """The caller said so; `status` is the caller's own word."""
+
+    status: str
+    error: str | None = None
+
+
+class ChronoStarted(_Event, tag="c>"):
+    name: str
+    aggregator: AggregatorChoice | None = None
+
+
+class ChronoFinished(_Event, tag="c."):
+    """`seconds` come from the monotonic clock; `error` is the exception's text when the block raised."""
+
+    name: str
+    seconds: float
+    error: str | None = None
+    aggregator: AggregatorChoice | None = None
+    late: bool = False
+
+
+class MetricsLogged(_Event, tag="m"):
+    """One log call. `late`: the writer had already finished the trial."""
+
+    values: dict[str, Scalar]
+    step: Step = None
+    epoch: Step = None
+    subset: str | None = None
+    aggregator: AggregatorChoice | None = None
+    late: bool = False
+
+
+class ParamsSet(_Event, tag="pa"):
+    """`source` tells where they come from: "call", "config.yaml", "sweep", ..."""
+
+    params: dict[str, Plain]
+    source: str = "call"
+
+
+class MetadataSet(_Event, tag="md"):
+    metadata: dict[str, Plain]
+
+
+class TagsAdded(_Event, tag="tg+"):
+    tags: dict[str, Plain]
+
+
+class TagsRemoved(_Event, tag="tg-"):
+    names: list[str]
+
+
+class DescriptionSet(_Event, tag="de"):
+    description: str
+
+
+class NoteAdded(_Event, tag="no"):
+    text: str
+
+
+class InputMarked(_Event, tag="in"):
+    ref: Plain
+
+
+class OutputMarked(_Event, tag="out"):
+    ref: Plain
+
+
+class ChartAdded(_Event, tag="ch"):
+    spec: Plain
+    name: str | None = None
+
+
+class TableAdded(_Event, tag="ta"):
+    """`ref` says where the rows lie; `columns` maps a column's name to its type's name."""
+
+    name: str
+    ref: Plain
+    rows: int
+    columns: dict[str, str]
+
+
+class WriterEnded(_Event, tag="w."):
+    """A writer of this subject is gone without having closed; noticed by whoever recovered its journal."""
+
+    writer: int
+    noticed_ns: int
+    reason: str = "lost"
+
+
+class Heartbeat(_Event, tag="hb"):
+    """The writer lives. `every_s` is when to expect the next one."""
+
+    every_s: float
+
+
+Event = Union[
+    ProjectCreated,
+    GroupCreated,
+    TrialCreated,
+    TrialStarted,
+    TrialFinished,
+    StatusChanged,
+    ChronoStarted,
+    ChronoFinished,
+    MetricsLogged,
+    ParamsSet,
+    MetadataSet,
+    TagsAdded,
+    TagsRemoved,
+    DescriptionSet,
+    NoteAdded,
+    InputMarked,
+    OutputMarked,
+    ChartAdded,
+    TableAdded,
+    WriterEnded,
+    Heartbeat,
+]
+EVENT_TYPES: tuple[type[_Event], ...] = get_args(Event)
+
+
+def trial_subject(trial: str) -> str:
+    """Name the stream subject of a trial."""
+    return f"t/{trial}"
+
+
+def group_subject(project: str, group: str) -> str:
+    """Name the stream subject of a group; names may hold any character, so they are percent-encoded."""
+    return f"g/{quote(project, safe='')}/{quote(group, safe='')}"
+
+
+def project_subject(project: str) -> str:
+    """Name the stream subject of a project."""
+    return f"p/{quote(project, safe='')}"
+
+
+def split_subject(subject: str) -> tuple[str, ...]:
+    """Take a subject apart: ("t", id), ("g", project, group), ("p", project), ("s", id)."""
+    kind, *names = subject.split("/")
+    return (kind, *map(unquote, names))

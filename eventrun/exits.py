@@ -1,0 +1,69 @@
+"""What happens to open clients when the process ends: normally, by SIGTERM, or as a child of multiprocessing.
+
+Safety never depends on this: what isn't in the log by then stays in the journal, and the next open takes it in.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import sys
+import threading
+import weakref
+from types import FrameType
+from typing import Protocol
+
+
+class Endable(Protocol):
+    """What is needed of a client."""
+
+    def close(self) -> None: ...
+
+    def interrupt(self, reason: str) -> None: ...
+
+
+_open: weakref.WeakSet[Endable] = weakref.WeakSet()
+_watching = False
+
+
+def watch(client: Endable) -> None:
+    """Close this client at exit, and tell its trials of a SIGTERM. Starts no thread."""
+    global _watching  # noqa: PLW0603 - atexit and signal are the process's own globals
+    _open.add(client)
+    if not _watching:
+        _watching = True
+        atexit.register(_close_all)
+        _handle_sigterm()
+    _close_with_process(client)
+
+
+def forget(client: Endable) -> None:
+    """Stop watching a client that was closed."""
+    _open.discard(client)
+
+
+def _close_all() -> None:
+    for client in tuple(_open):
+        client.close()
+
+
+def _handle_sigterm() -> None:
+    # Only where nobody else cares: a handler of the program's own, or of a framework, stays.
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _on_sigterm)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    for client in tuple(_open):
+        client.interrupt("SIGTERM")
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+def _close_with_process(client: Endable) -> None:
+    # multiprocessing ends its children by os._exit, past atexit; it runs its own finalizers before.
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        Finalize(client, client.close, exitpriority=0)

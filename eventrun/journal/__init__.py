@@ -1,0 +1,20 @@
+"""The mapped write-ahead journal: `segments` (its files), `writing` (the log call's side), `scan` (recovery's side)."""
+
+from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, recover, segments_in
+from eventrun.journal.segments import JournalFolder, can_map, remove_folder
+from eventrun.journal.writing import Chunk, Journal, StreamMoved, WrittenJournal
+
+__all__ = [
+    "DAMAGED_SUFFIX",
+    "Chunk",
+    "Journal",
+    "JournalFolder",
+    "Recovered",
+    "StreamMoved",
+    "WrittenJournal",
+    "can_map",
+    "dead_writers",
+    "recover",
+    "remove_folder",
+    "segments_in",
+]

@@ -1,0 +1,282 @@
+"""Writing a journal: one stream's items, in segments, from any thread, without waiting for a disk."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import NamedTuple
+from zlib import crc32
+
+import msgspec
+
+from eventrun.codec import Stream
+from eventrun.journal.segments import MARK_BYTES, JournalFolder, Segment, WrittenFile, size_for
+
+class Chunk(NamedTuple):
+    """Consecutive items of one stream: the payload of a batch to be."""
+
+    first: int
+    count: int
+    payload: bytes
+    first_ns: int
+    last_ns: int
+
+
+class StreamMoved(Exception):  # noqa: N818 - not an error: says "open a new journal", never leaves the recorder
+    """This journal was closed; the stream goes on in a new one."""
+
+
+class Journal:
+    """One stream's events on their way to the log. `append` may be called from any thread; the rest by the flusher.
+
+    After `close`, `append` raises StreamMoved and the caller opens a new journal.
+    """
+
+    __slots__ = ("_aside", "_base", "_buffer", "_count", "_crc", "_end", "_folder", "_full", "_head", "_last",
+                 "_limit", "_lock", "_next", "_owner", "_segment", "dropped", "stream")  # fmt: skip
+
+    def __init__(self, folder: JournalFolder, stream: Stream, segment: Segment, first: int) -> None:
+        self.stream = stream
+        self.dropped = 0
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._owner = 0  # the thread that is inside, to notice a log call inside a log call
+        self._aside: deque[bytes] = deque()
+        self._full: deque[Segment] = deque()  # older segments, oldest first
+        self._next: Segment | None = None  # made ahead by the flusher
+        segment.begin(stream, first)
+        self._enter(segment, self._full, min(segment.size, segment.start + MARK_BYTES))
+
+    def append(self, data: bytes) -> None:
+        """Keep one item. Returns when a kill of the process can't lose it any more. Makes no system call."""
+        me = get_ident()
+        if self._owner == me and self._lock.locked():
+            # A signal handler or a finalizer logs while this very thread is below: waiting would be for ever, and
+            # writing would tear the outer event. Whoever holds the lock takes it along before it unlocks.
+            self._aside.append(data)
+            return
+        size = len(data)
+        with self._lock:
+            self._owner = me
+            try:
+                start = self._end
+                end = start + size
+                if end > self._limit:
+                    start = self._turn(size)
+                    end = start + size
+                crc = crc32(data, self._crc)
+                base = self._base
+                # No call from here on: a signal is only delivered after a call, so these stores are all made or none.
+                self._buffer[base + start : base + end] = data
+                self._head[0] = crc << 32 | end
+                self._last = start
+                self._end = end
+                self._crc = crc
+                self._count += 1
+                if self._aside:
+                    self._take_aside()
+            except _Dropped:
+                self.dropped += 1
+            finally:
+                self._owner = 0
+
+    def _take_aside(self) -> None:
+        while self._aside:
+            data = self._aside.popleft()
+            start = self._end if self._end + len(data) <= self._limit else self._turn(len(data))
+            end, base, crc = start + len(data), self._base, crc32(data, self._crc)
+            self._buffer[base + start : base + end] = data
+            self._head[0] = crc << 32 | end
+            self._last, self._end, self._crc, self._count = start, end, crc, self._count + 1
+
+    def _turn(self, size: int) -> int:
+        """Make room for an item, past a mark or in the next segment, and return where it starts."""
+        segment = self._segment
+        if segment is None:
+            raise StreamMoved
+        if self._end + size <= segment.size:
+            segment.cuts.append((self._end, self._count, self._last))
+            segment.mark(self._end, self._count, self._crc)
+            self._limit = min(segment.size, self._end + max(MARK_BYTES, size))
+            return self._end
+        following, self._next = self._next, None
+        if following is not None and following.size < size_for(self.stream, size, 0):
+            self._folder.release(following)
+            following = None
+        following = following or self._folder.segment(self.stream, size, segment.size)
+        if following is None:
+            self._folder.dropped_events += 1
+            raise _Dropped
+        self._leave(segment)
+        following.begin(self.stream, segment.first + segment.count)
+        limit = min(following.size, following.start + max(MARK_BYTES, size))
+        self._enter(following, deque((*self._full, segment)), limit)
+        return self._end
+
+    def _enter(self, segment: Segment, full: deque[Segment], limit: int) -> None:
+        # Stores only: a signal can't come between them.
+        self._full = full
+        self._segment: Segment | None = segment
+        self._buffer = segment.buffer
+        self._base = segment.base
+        self._head = segment.head
+        self._end = segment.end
+        self._last = segment.last
+        self._crc = segment.crc
+        self._count = segment.count
+        self._limit = limit
+
+    def _leave(self, segment: Segment) -> None:
+        segment.end, segment.last, segment.crc, segment.count = self._end, self._last, self._crc, self._count
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock outside `append`: a finalizer that logs meanwhile is put aside, then taken along."""
+        with self._lock:
+            self._owner = get_ident()
+            try:
+                yield
+                if self._aside:
+                    self._take_aside()
+            finally:
+                self._owner = 0
+
+    @property
+    def next_sequence(self) -> int:
+        """The sequence that the next event will have."""
+        segment = self._segment
+        return 0 if segment is None else segment.first + self._count
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether `append` refuses."""
+        return self._segment is None
+
+    @property
+    def has_new(self) -> bool:
+        """Tell whether there is anything that no confirmed batch holds."""
+        segment = self._segment
+        return segment is not None and (self._end != segment.taken or any(s.end != s.taken for s in self._full))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of items that no confirmed batch holds."""
+        segment = self._segment
+        here = 0 if segment is None else self._end - segment.taken
+        return here + sum(s.end - s.taken for s in tuple(self._full))
+
+    def peek(self, limit_bytes: int) -> list[Chunk]:
+        """Copy what is not confirmed yet, in order, at most about `limit_bytes`; at least one chunk, one a segment."""
+        with self._held():
+            if self._segment is None:
+                return []
+            self._leave(self._segment)
+            found = [(s, s.end, s.count, s.last, list(s.cuts)) for s in (*self._full, self._segment)]
+        chunks: list[Chunk] = []
+        for segment, end, count, last, cuts in found:
+            if end == segment.taken or limit_bytes <= 0:
+                continue
+            whole = end - segment.taken <= limit_bytes
+            if not whole:
+                fits = [c for c in cuts if c[0] > segment.taken and c[0] - segment.taken <= limit_bytes]
+                beyond = [c for c in cuts if c[0] > segment.taken]
+                end, count, last = fits[-1] if fits else beyond[0] if beyond else (end, count, last)
+            chunks.append(_chunk(segment, end, count, last))
+            limit_bytes = limit_bytes - len(chunks[-1].payload) if whole else 0
+        return chunks
+
+    def confirm(self, chunk: Chunk) -> None:
+        """Note that the log holds this chunk, the first unconfirmed one."""
+        with self._held():
+            here = (*self._full, *([] if self._segment is None else [self._segment]))
+            segment = next(s for s in here if s.first + s.taken_count == chunk.first and s.taken < s.end)
+            segment.taken += len(chunk.payload)
+            segment.taken_count += chunk.count
+            while segment.cuts and segment.cuts[0][0] <= segment.taken:
+                segment.cuts.popleft()
+            if segment is self._segment and segment.taken == self._end:
+                segment.mark(self._end, self._count, self._crc)
+
+    def prepare(self) -> None:
+        """Make the next segment when the current one is half full, so that the log call needn't."""
+        segment = self._segment
+        if segment is None or self._next is not None or (self._end - segment.start) * 2 < segment.size:
+            return
+        made = self._folder.segment(self.stream, 0, segment.size)
+        with self._held():
+            if self._segment is not None and self._next is None:
+                made, self._next = None, made
+        if made is not None:
+            self._folder.release(made)
+
+    def release(self, sequence: int) -> None:
+        """Give back older segments whose events all lie at or before `sequence`, which the log holds for good."""
+        gone = []
+        with self._held():
+            while self._full and self._full[0].first + self._full[0].count - 1 <= sequence:
+                gone.append(self._full.popleft())
+        for segment in gone:
+            self._folder.release(segment)
+
+    def close(self) -> bool:
+        """Give all back if the log holds it all, and take no more; False when something is left."""
+        with self._held():
+            segment = self._segment
+            if segment is None:
+                return True
+            if self._full or self._end != segment.taken:
+                return False
+            gone = [segment, self._next]
+            self._segment = self._next = None
+            self._limit = -1
+        for each in gone:
+            if each is not None:
+                self._folder.release(each)
+        return True
+
+
+class WrittenJournal(Journal):
+    """A journal whose bytes reach its file by write calls, within `append`."""
+
+    __slots__ = ()
+
+    def append(self, data: bytes) -> None:
+        """Keep one item; two system calls."""
+        super().append(data)
+        with self._held():
+            for segment in (*self._full, self._segment):
+                if segment is not None and isinstance(segment.place, WrittenFile):
+                    end = self._end if segment is self._segment else segment.end
+                    if segment.written < end:
+                        self._write(segment, segment.place, end)
+
+    def _write(self, segment: Segment, file: WrittenFile, end: int) -> None:
+        try:
+            file.write(segment, segment.written, end)
+            segment.written = end
+        except OSError as error:  # it stays in memory, and the next append tries again
+            self._folder.problem = str(error)
+
+
+class _Dropped(Exception):  # noqa: N818 - inside this module only
+    """There is no room, not even in memory."""
+
+
+def _chunk(segment: Segment, end: int, count: int, last: int) -> Chunk:
+    base, start = segment.base, segment.taken
+    payload = bytes(segment.buffer[base + start : base + end])
+    first = segment.first + segment.taken_count
+    times = item_time(payload, 0), item_time(payload, last - start)
+    return Chunk(first, count - segment.taken_count, payload, *times)
+
+
+def item_time(payload: bytes, at: int) -> int:
+    """Read the time of the item that begins at `at`: the first element of its array."""
+    if payload[at + 1] == 0xCF:
+        return int.from_bytes(payload[at + 2 : at + 10], "big")
+    # Times before 1970-01-01T00:00:04 are packed shorter; only tests have them.
+    size = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(payload[at + 1], 0)
+    return int(msgspec.msgpack.decode(payload[at + 1 : at + 2 + size]))

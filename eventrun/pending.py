@@ -1,0 +1,142 @@
+"""One answer or many, and two ways to wait for them.
+
+Work runs on eventrun's own threads. `Pending` waits for one answer, `Query` for many; both serve sync code
+(`result()`, `for`) and async code on asyncio or trio (`await`, `async for`). Giving up waiting doesn't stop the work.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+from eventrun.clock import sleep
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Pending(Generic[T]):
+    """One answer that is on its way: `await pending`, or `pending.result(timeout)` in sync code."""
+
+    def __init__(self, future: Future[T], forbidden_thread: Callable[[], bool] | None = None) -> None:
+        self._future = future
+        self._on_worker = forbidden_thread
+
+    def done(self) -> bool:
+        """Tell whether the answer, or the error, is there."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the answer, at most `timeout` seconds.
+
+        Raises TimeoutError when it takes longer; the work goes on. Works on any thread, also inside a running
+        event loop (a notebook), which it then holds up; on eventrun's own threads it would wait for itself and raises.
+        """
+        if self._on_worker is not None and self._on_worker() and not self._future.done():
+            raise RuntimeError("result() on eventrun's own thread would wait for itself: use await there")
+        return self._future.result(timeout)
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> T:
+        if not self._future.done():
+            await _until_done(self._future)
+        return self._future.result()
+
+
+async def _until_done(future: Future[Any]) -> None:
+    # Each loop is woken by its own thread-safe call. anyio.from_thread would do for both, but it blocks the thread
+    # that calls it until the loop has run: a training that holds its loop for seconds would hold up the flusher.
+    import anyio
+
+    event = anyio.Event()
+    wake = _waker(event.set)
+    future.add_done_callback(lambda _: wake())
+    await event.wait()
+
+
+def _waker(callback: Callable[[], object]) -> Callable[[], None]:
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        token = trio.lowlevel.current_trio_token()
+        gone: tuple[type[Exception], ...] = (trio.RunFinishedError,)
+        call = token.run_sync_soon
+    else:
+        import asyncio
+
+        call = asyncio.get_running_loop().call_soon_threadsafe
+        gone = (RuntimeError,)
+
+    def wake() -> None:
+        try:
+            call(callback)
+        except gone:  # the loop ended while the work went on: nobody waits any more
+            pass
+
+    return wake
+
+
+# A page is what one turn of the work gives: some items, and where to go on (None: that was all).
+Page = tuple[list[T], Any]
+
+
+class Query(Generic[T]):
+    """Many answers: `for x in query`, `async for x in query`, `list(query)`, `await query`, `query.first()`.
+
+    `fetch(cursor) -> Pending[(items, next cursor or None)]` gives one page; the first cursor is `start`. With
+    `poll_s` an empty page means "nothing yet" and is asked for again after that many seconds (a tail).
+    Each iteration starts anew.
+    """
+
+    def __init__(
+        self, fetch: Callable[[Any], Pending[Page[T]]], start: Any = 0, poll_s: float | None = None
+    ) -> None:
+        self._fetch = fetch
+        self._start = start
+        self._poll_s = poll_s
+
+    def __iter__(self) -> Iterator[T]:
+        cursor = self._start
+        while cursor is not None:
+            items, cursor = self._fetch(cursor).result()
+            yield from items
+            if not items and cursor is not None and self._poll_s is not None:
+                sleep(self._poll_s)
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        cursor = self._start
+        while cursor is not None:
+            items, cursor = await self._fetch(cursor)
+            for item in items:
+                yield item
+            if not items and cursor is not None and self._poll_s is not None:
+                import anyio
+
+                await anyio.sleep(self._poll_s)
+
+    def __await__(self) -> Generator[Any, Any, list[T]]:
+        return self._all().__await__()
+
+    async def _all(self) -> list[T]:
+        return [item async for item in self]
+
+    def first(self) -> Pending[T | None]:
+        """Ask for the first item; None when there is none (yet)."""
+        return then(self._fetch(self._start), lambda page: page[0][0] if page[0] else None)
+
+
+def then(pending: Pending[T], change: Callable[[T], U]) -> Pending[U]:
+    """Make a Pending of `change(answer)`; an error passes through."""
+    changed: Future[U] = Future()
+
+    def forward(future: Future[T]) -> None:
+        try:
+            changed.set_result(change(future.result()))
+        except BaseException as error:  # noqa: BLE001 - handed on to whoever waits, as Future itself does
+            changed.set_exception(error)
+
+    pending._future.add_done_callback(forward)
+    return Pending(changed, pending._on_worker)

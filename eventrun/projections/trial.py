@@ -1,0 +1,299 @@
+"""One trial: its working state, the exhaustive `apply`, the column-wise `fold`, and the state to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+from msgspec import Struct, field
+
+from eventrun.codec import StoredEvent
+from eventrun.events import (
+    ChartAdded,
+    ChronoFinished,
+    ChronoStarted,
+    DescriptionSet,
+    GroupCreated,
+    Heartbeat,
+    InputMarked,
+    MetadataSet,
+    MetricsLogged,
+    NoteAdded,
+    OutputMarked,
+    ParamsSet,
+    Plain,
+    ProjectCreated,
+    StatusChanged,
+    TableAdded,
+    TagsAdded,
+    TagsRemoved,
+    TrialCreated,
+    TrialFinished,
+    TrialStarted,
+    WriterEnded,
+)
+from eventrun.projections.about import About, Chart, Note, Table, Told, to_plain
+from eventrun.projections.chrono import ChronoFold, ChronoState
+from eventrun.projections.metric import MetricFold, MetricState, Points, observe_calls
+from eventrun.projections.params import ParamSource, merged, remember
+from eventrun.projections.rows import Rows, Slice
+from eventrun.projections.status import Writer, judge
+
+TRIALS_VERSION = 1  # raise it when a fold changes its meaning or its bytes: every view is then built anew
+
+_UNKNOWN = TrialCreated("", "", "")
+
+
+class TrialState(Struct, array_like=True, gc=False, frozen=True):
+    """A trial as it is read back.
+
+    `status` is one of seven words, see `view_status`; `raw_status` is the caller's own. `params` and `metadata` are
+    nested as they were set, a later mapping merged into the earlier. `finished_ns` is None while it runs, and when it
+    is lost. `modified_ns` is the latest time of its events, `duration_s` the time from its first start to its finish,
+    or to `modified_ns`. `late` counts what was recorded after its writer had finished the trial (and is kept like all
+    else), `events` all events, `position` is where the last of them stands in the log.
+    """
+
+    # Tuples, not lists: an empty one costs nothing to read, and a list would be tracked by the garbage collector.
+    id: str
+    project: str
+    group: str
+    name: str
+    description: str
+    version: str | None
+    attempt: int
+    status: str
+    raw_status: str
+    error: str | None
+    params: dict[str, Any]
+    metadata: dict[str, Any]
+    tags: dict[str, Any]
+    metrics: dict[str, MetricState]
+    chronos: dict[str, ChronoState]
+    inputs: tuple[Plain, ...]
+    outputs: tuple[Plain, ...]
+    charts: tuple[Chart, ...]
+    tables: tuple[Table, ...]
+    notes: tuple[Note, ...]
+    created_ns: int | None
+    started_ns: int | None
+    finished_ns: int | None
+    modified_ns: int | None
+    duration_s: float | None
+    late: int
+    events: int
+    position: int
+    packed_sources: bytes  # rarely read, and half as dear to read as all the rest
+
+    @property
+    def param_sources(self) -> dict[str, list[ParamSource]]:
+        """Who set each param to what, newest last, by its keys joined by "/"; the last SOURCES_KEPT of each."""
+        return _sources.decode(self.packed_sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values: mappings, lists, numbers, text, None, and bytes where a param is bytes."""
+        plain: dict[str, Any] = to_plain(self)
+        del plain["packed_sources"]
+        return {**plain, "param_sources": to_plain(self.param_sources)}
+
+
+class TrialFold(Struct, array_like=True, gc=False):
+    """The working state of a trial: all that is needed to go on folding, and to give its `TrialState`.
+
+    `params` is replaced, never changed in place, so a state that was given stays as it is.
+    """
+
+    id: str
+    created: TrialCreated = _UNKNOWN  # the last in the log; another writer's events may come before the first
+    about: About = field(default_factory=About)
+    params: dict[str, Any] = {}
+    sources: dict[str, list[ParamSource]] = {}
+    metrics: dict[str, MetricFold] = {}
+    chronos: dict[str, ChronoFold] = {}
+    writers: dict[int, Writer] = {}
+    created_ns: int | None = None
+    started_ns: int | None = None
+    modified_ns: int | None = None
+    late: int = 0
+    events: int = 0
+    position: int = 0
+
+    @classmethod
+    def new(cls, trial_id: str) -> TrialFold:
+        """Begin with a trial of which nothing is known."""
+        return cls(trial_id)
+
+    def encode(self) -> bytes:
+        """Write the state as msgpack: equal bytes for equal events, however they were grouped."""
+        self.writers = dict(sorted(self.writers.items()))  # a fold counts first, so they came in another order
+        return _encoder.encode(self)
+
+    @classmethod
+    def decode(cls, trial_id: str, data: bytes) -> TrialFold:
+        """Read what `encode` wrote."""
+        trial = _folds.decode(data)
+        trial.id = trial_id
+        return trial
+
+    def state(self) -> TrialState:
+        """Give the state to read, which later folds don't change."""
+        created, about, status = self.created, self.about, judge(self.writers)
+        until_ns = self.modified_ns if status.finished_ns is None else status.finished_ns
+        lasted = None if self.started_ns is None or until_ns is None else max(until_ns - self.started_ns, 0) / 1e9
+        return TrialState(
+            self.id, created.project, created.group, created.name,
+            created.description if about.description is None else about.description,
+            created.version, created.attempt,
+            status.view, status.raw, status.error,
+            self.params, about.metadata, dict(about.tags),
+            {name: metric.state() for name, metric in self.metrics.items()},
+            {name: chrono.state() for name, chrono in self.chronos.items()},
+            tuple(about.inputs), tuple(about.outputs),
+            tuple(about.charts), tuple(about.tables), tuple(about.notes),
+            self.created_ns, self.started_ns, status.finished_ns, self.modified_ns, lasted,
+            self.late, self.events, self.position,
+            _encoder.encode(self.sources),
+        )  # fmt: skip
+
+    def writer(self, name: int) -> Writer:
+        """Give what is known of a writer."""
+        known = self.writers.get(name)
+        if known is None:
+            known = self.writers[name] = Writer()
+        return known
+
+
+_encoder = msgspec.msgpack.Encoder()
+_folds = msgspec.msgpack.Decoder(TrialFold)
+_states = msgspec.msgpack.Decoder(TrialState)
+_sources = msgspec.msgpack.Decoder(dict[str, list[ParamSource]])
+
+
+def encode_state(state: TrialState) -> bytes:
+    """Write a trial's state as msgpack."""
+    return _encoder.encode(state)
+
+
+def decode_state(data: bytes) -> TrialState:
+    """Read what `encode_state` wrote."""
+    return _states.decode(data)
+
+
+def apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
+    """Take in the next event; changes `trial` and returns it. This is what `fold` means, one event at a time."""
+    _count(trial, Slice(stored.position, stored.stream, stored.sequence, [(stored.time_ns, stored.event)]))
+    return _apply(trial, stored)
+
+
+def fold(trial: TrialFold, slices: Sequence[Slice]) -> dict[str, Points]:
+    """Take in slices of the trial's batches, in the order of the log; return the new points by metric.
+
+    Changes `trial` in place. Any grouping of the same events gives the same bytes, and the same points in all.
+    Metrics, and each chrono, are taken out and folded as columns: no other event changes what they do.
+    """
+    for part in slices:
+        _count(trial, part)
+    rows = Rows.of(slices)
+    if set(map(type, rows.events)) == {MetricsLogged}:
+        return _log(trial, rows)
+    calls: list[int] = []
+    chronos: dict[str, list[ChronoStarted | ChronoFinished]] = {}
+    for place, event in enumerate(rows.events):
+        if isinstance(event, MetricsLogged):
+            calls.append(place)
+        elif isinstance(event, (ChronoStarted, ChronoFinished)):
+            chronos.setdefault(event.name, []).append(event)
+        else:
+            _apply(trial, rows.at(place))
+    for name, events in chronos.items():
+        _time(trial, name, events)
+    return _log(trial, rows.take(calls)) if calls else {}
+
+
+def _count(trial: TrialFold, part: Slice) -> None:
+    trial.events += len(part.items)
+    trial.position = part.position + len(part.items) - 1
+    # A writer's end is noticed by another, perhaps days later; it is no sign of life.
+    times = [time_ns for time_ns, event in part.items if type(event) is not WriterEnded]
+    if times:
+        last_ns = max(times)
+        writer = trial.writer(part.stream.writer)
+        writer.last_ns = last_ns if writer.last_ns is None else max(last_ns, writer.last_ns)
+        trial.modified_ns = last_ns if trial.modified_ns is None else max(last_ns, trial.modified_ns)
+
+
+def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
+    # Every case returns and none is `case _`, so that mypy misses a return when a new kind of event is missing here.
+    event = stored.event
+    match event:
+        case MetricsLogged():
+            _log(trial, Rows.one(stored))
+            return trial
+        case ChronoStarted() | ChronoFinished():
+            return _time(trial, event.name, [event])
+        case TrialCreated():
+            return _create(trial, stored.time_ns, event)
+        case TrialStarted():
+            return _start(trial, stored)
+        case TrialFinished() | StatusChanged():
+            return _say(trial, stored, event)
+        case WriterEnded():
+            return _end(trial, event)
+        case ParamsSet():
+            return _set_params(trial, event)
+        case (
+            DescriptionSet() | TagsAdded() | TagsRemoved() | MetadataSet() | NoteAdded()
+            | ChartAdded() | TableAdded() | InputMarked() | OutputMarked()
+        ):  # fmt: skip
+            return _tell(trial, stored.time_ns, event)
+        case ProjectCreated() | GroupCreated() | Heartbeat():
+            return trial
+
+
+def _log(trial: TrialFold, rows: Rows) -> dict[str, Points]:
+    trial.late += list(map(attrgetter("late"), rows.events)).count(True)
+    return observe_calls(trial.metrics, rows)
+
+
+def _time(trial: TrialFold, name: str, events: list[ChronoStarted | ChronoFinished]) -> TrialFold:
+    chrono = trial.chronos.get(name)
+    if chrono is None:
+        chrono = trial.chronos[name] = ChronoFold()
+    chrono.observe(events)
+    trial.late += sum(isinstance(event, ChronoFinished) and event.late for event in events)
+    return trial
+
+
+def _create(trial: TrialFold, time_ns: int, event: TrialCreated) -> TrialFold:
+    trial.created = event
+    trial.created_ns = time_ns if trial.created_ns is None else min(time_ns, trial.created_ns)
+    return trial
+
+
+def _start(trial: TrialFold, stored: StoredEvent) -> TrialFold:
+    trial.writer(stored.stream.writer).begin(stored.time_ns)
+    trial.started_ns = stored.time_ns if trial.started_ns is None else min(stored.time_ns, trial.started_ns)
+    return trial
+
+
+def _say(trial: TrialFold, stored: StoredEvent, event: TrialFinished | StatusChanged) -> TrialFold:
+    trial.writer(stored.stream.writer).say(stored.time_ns, event)
+    return trial
+
+
+def _end(trial: TrialFold, event: WriterEnded) -> TrialFold:
+    trial.writer(event.writer).end(event)
+    return trial
+
+
+def _set_params(trial: TrialFold, event: ParamsSet) -> TrialFold:
+    trial.params = merged(trial.params, event.params)
+    remember(trial.sources, event.params, event.source)
+    return trial
+
+
+def _tell(trial: TrialFold, time_ns: int, event: Told) -> TrialFold:
+    trial.about.apply(time_ns, event)
+    return trial

@@ -1,0 +1,81 @@
+-- A generation of views. All of it is made from the log and may be deleted. Numbers (INTEGER PRIMARY KEY) depend on
+-- the order of the work, so they are no part of what `Views.digest` hashes. Every BLOB ends with its CRC-32.
+
+CREATE TABLE meta (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+
+-- How far each view has read, and the digest of the batch there: with another log in its place the views are void.
+CREATE TABLE checkpoints (
+    view TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    batch BLOB NOT NULL,
+    PRIMARY KEY (view, version)
+) WITHOUT ROWID;
+
+-- The columns before `state` repeat what it holds, to choose and order by. `tags` holds the tags' names, each between
+-- two unit separators (U+001F).
+CREATE TABLE trials (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    project TEXT NOT NULL,
+    grp TEXT NOT NULL,
+    name TEXT NOT NULL,
+    status TEXT NOT NULL,
+    tags TEXT NOT NULL,
+    created_ns INTEGER,
+    position INTEGER NOT NULL,
+    state BLOB NOT NULL
+);
+CREATE INDEX trials_by_time ON trials (created_ns, id);
+CREATE INDEX trials_by_name ON trials (name);
+CREATE INDEX trials_by_group ON trials (project, grp, created_ns, id);
+CREATE INDEX trials_by_position ON trials (position);
+
+-- What is needed to go on folding a trial; apart from `trials`, because listings never read it.
+CREATE TABLE folds (
+    trial INTEGER PRIMARY KEY,
+    fold BLOB NOT NULL
+);
+
+-- A trial's fold as it was at a position, for the past.
+CREATE TABLE snapshots (
+    trial INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    fold BLOB NOT NULL,
+    PRIMARY KEY (trial, position)
+);
+
+-- The points of one metric of one trial: `count` in all, of which the last `count % CHUNK` are in `open`.
+CREATE TABLE series (
+    number INTEGER PRIMARY KEY,
+    trial INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    count INTEGER NOT NULL,
+    open BLOB,
+    UNIQUE (trial, name)
+);
+
+-- Full chunks. The key is `series.number << 24 | n`: they lie together, in order, without an index of their own.
+CREATE TABLE chunks (
+    number INTEGER PRIMARY KEY,
+    points BLOB NOT NULL
+);
+
+-- The own events of groups and projects.
+CREATE TABLE subjects (
+    subject TEXT PRIMARY KEY,
+    project TEXT NOT NULL,
+    fold BLOB NOT NULL
+);
+
+-- The user's own projections.
+CREATE TABLE states (
+    projection TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    state BLOB NOT NULL,
+    PRIMARY KEY (projection, version, key)
+);

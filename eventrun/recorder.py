@@ -1,0 +1,410 @@
+"""From `record(event)` to the log: streams with their journals, the flusher, flush, close, fork, recovery.
+
+    record    caller's thread: encode, append to the stream's journal; never waits
+    flusher   every linger_ms, or at flush: what is new of each stream becomes a batch; one append for all
+    settle    now and then, so that the engine's write-ahead file isn't needed; then journals are released
+
+Failure policy lives here and nowhere else: whatever the store does, events stay in the journal and are tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from msgspec import Struct
+
+from eventrun.clock import time_ns
+from eventrun.codec import NO_DIGEST, Batch, Stream, digest, encode_item, seal
+from eventrun.errors import Closed, StoreError, StoreUnavailable
+from eventrun.events import Event
+from eventrun.journal import Chunk, Journal, JournalFolder, StreamMoved, WrittenJournal, can_map
+from eventrun.pending import Pending
+from eventrun.portal import Portal
+from eventrun.recovery import RecoveryReport, recover_dead_writers
+from eventrun.stores.base import Store
+
+LINGER_MS = 100.0  # how long an event waits for others before its batch is made
+CLOSE_TIMEOUT_S = 10.0
+BATCH_BYTES = 1 << 20  # about the most that one batch holds, unpacked
+COMMIT_BYTES = 16 << 20  # about the most that one append holds, unpacked
+PACKED_PER_COMMIT = 64  # zlib gives up the GIL; a busy main thread makes each return cost up to 5 ms
+SETTLE_BYTES = 32 << 20  # unpacked bytes between two settlings of the store
+RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
+MAX_OPEN_JOURNALS = 10_000  # above it, streams that are idle give their journal back
+
+
+class Statistics(Struct):
+    """What a recorder did and what it holds; bytes are unpacked."""
+
+    writer: str
+    recorded: int  # events whose call returned
+    durable: int  # of these, in the log
+    dropped: int  # events lost because neither disk nor memory had room
+    streams: int  # with an open journal
+    held_bytes: int  # recorded, not durable yet
+    journal_bytes: int  # files taken by the journals
+    memory_bytes: int  # journals in memory, where no file can be written
+    acknowledgement: str  # what a returned log call means: "crash_safe" or "accepted"
+    batches: int
+    commits: int
+    failed_commits: int
+    settled: int
+    recovered: int  # events taken over from killed writers
+    last_error: str | None
+    problem: str | None  # why journals lie in memory
+
+
+class _Sealed(NamedTuple):
+    recording: Recording
+    chunk: Chunk
+    batch: Batch
+    journal: Journal
+
+
+class _Unopened:
+    """Stands where a journal will be: its first append opens one."""
+
+    has_new = False
+    closed = True
+    next_sequence = 0
+
+    def append(self, data: bytes) -> None:
+        raise StreamMoved
+
+
+_UNOPENED = _Unopened()
+
+
+class Recording:
+    """One subject's stream by this writer. `record` is safe on any thread and never waits."""
+
+    __slots__ = ("__weakref__", "_recorder", "digest", "durable", "ended", "journal", "next", "subject")
+
+    def __init__(self, recorder: Recorder, subject: str) -> None:
+        self._recorder = recorder
+        self.subject = subject
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew, as another writer's stream."""
+        self.journal: Journal | _Unopened = _UNOPENED
+        self.next = 1  # the sequence that a new journal begins with
+        self.durable = 0  # the last sequence that the log holds
+        self.digest = NO_DIGEST  # of the last batch sealed
+        self.ended = False  # nothing more is expected: give the journal back when all is in the log
+
+    def record(self, event: Event) -> None:
+        """Date, encode and keep one event."""
+        item = encode_item(time_ns(), event)
+        try:
+            self.journal.append(item)
+        except StreamMoved:
+            self._recorder.reopen(self, item)
+
+    @property
+    def recorded(self) -> int:
+        """How many events this stream has, the last sequence."""
+        journal = self.journal
+        return (self.next if journal.closed else journal.next_sequence) - 1
+
+
+class Recorder:
+    """All streams of one writer, and the flusher that brings them to the store.
+
+    `open_store` is asked for a store at the start and again in a fork's child, where the parent's must not be used.
+    """
+
+    def __init__(
+        self,
+        portal: Portal,
+        open_store: Callable[[], Store],
+        *,
+        folder: Path | None,
+        linger_ms: float = LINGER_MS,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
+    ) -> None:
+        self.portal = portal
+        self.linger_ms = linger_ms
+        self.close_timeout_s = close_timeout_s
+        self._open_store = open_store
+        self._journals = None if folder is None else folder / "journals"
+        self._mapped = folder is not None and can_map(folder)
+        self._recordings: dict[str, Recording] = {}  # kept for good: a stream must go on where it ended
+        self._begin()
+        _recorders.add(self)
+
+    def _begin(self) -> None:
+        self.store = self._open_store()
+        self.writer = int.from_bytes(os.urandom(8), "big") or 1
+        # Reentrant: a finalizer that logs may open a stream while this thread opens one.
+        self._lock = threading.RLock()
+        self._live: dict[str, Recording] = {}  # with an open journal
+        self._folder: JournalFolder | None = None
+        self._flusher: Pending[None] | None = None
+        self._closed = False
+        self._wake: Callable[[], None] | None = None
+        self._cycle_lock: Any = None
+        self._sealed: list[_Sealed] = []  # handed to the store, no answer yet
+        self._unsettled_bytes = 0
+        self._counts = dict.fromkeys(("durable", "batches", "commits", "failed_commits", "settled", "recovered"), 0)
+        self._last_error: str | None = None
+
+    # recording: any thread ------------------------------------------------------------------------------------
+
+    def stream(self, subject: str) -> Recording:
+        """Return this writer's stream of a subject."""
+        with self._lock:
+            recording = self._recordings.get(subject)
+            if recording is None:
+                recording = self._recordings[subject] = Recording(self, subject)
+            return recording
+
+    def reopen(self, recording: Recording, item: bytes) -> None:
+        """Give a stream a journal, and append an item that found none."""
+        with self._lock:
+            if self._closed:
+                raise Closed("the client was closed before this call; open another with eventrun.open(...)")
+            if recording.journal.closed:
+                self._open_journal(recording)
+        recording.journal.append(item)
+
+    def _open_journal(self, recording: Recording) -> None:
+        if self._folder is None:
+            path = None if self._journals is None else self._journals / f"{self.writer:016x}"
+            self._folder = JournalFolder(path, mapped=self._mapped)
+        stream = Stream(recording.subject, self.writer)
+        segment = self._folder.segment(stream)
+        if segment is None:
+            raise StoreUnavailable(f"no room for another trial, neither on disk nor in memory: {self._folder.problem}")
+        recording.next = recording.recorded + 1
+        kind = Journal if self._folder.mapped else WrittenJournal
+        recording.journal = kind(self._folder, stream, segment, recording.next)
+        recording.ended = False
+        self._live[recording.subject] = recording
+        if self._flusher is None:
+            self._flusher = self.portal.call(self._flush_for_ever)
+
+    def end(self, recording: Recording) -> None:
+        """Say that a stream is complete: its journal is given back when the log holds it all."""
+        recording.ended = True
+
+    # the flusher: the loop's thread ---------------------------------------------------------------------------
+
+    async def _flush_for_ever(self) -> None:
+        import asyncio
+
+        pause = self.linger_ms / 1000
+        while not self._closed:
+            await asyncio.sleep(pause)
+            try:
+                await self._cycle()
+                pause = self.linger_ms / 1000
+            except Exception as error:  # noqa: BLE001 - the one place: events stay in the journal, to be tried again
+                self._note_failure(error)
+                pause = min(max(pause * 2, RETRY_MIN_S), RETRY_MAX_S)
+
+    def _note_failure(self, error: Exception) -> None:
+        self._counts["failed_commits"] += 1
+        self._last_error = str(error) or repr(error)
+
+    async def _cycle(self) -> bool:
+        """Append what is new, at most COMMIT_BYTES; tell whether there was anything."""
+        import asyncio
+
+        self._cycle_lock = self._cycle_lock or asyncio.Lock()
+        async with self._cycle_lock:
+            # A batch whose append failed may be in the log all the same, so it is sent again as it was.
+            self._sealed = self._sealed or self._seal()
+            if self._sealed:
+                await self._append_sealed()
+            if self._unsettled_bytes >= SETTLE_BYTES or (self._unsettled_bytes and self._wants_release()):
+                await self._settle()
+            for _, journal in self._open_journals():
+                journal.prepare()
+            return any(journal.has_new for _, journal in self._open_journals())
+
+    def _open_journals(self) -> list[tuple[Recording, Journal]]:
+        live = tuple(self._live.values())
+        return [(r, journal) for r in live if isinstance(journal := r.journal, Journal)]
+
+    def _seal(self) -> list[_Sealed]:
+        left = COMMIT_BYTES
+        peeked: list[tuple[Recording, Journal, Chunk]] = []
+        for recording, journal in self._open_journals():
+            if left > 0 and journal.has_new:
+                chunks = journal.peek(min(left, BATCH_BYTES))
+                left -= sum(len(chunk.payload) for chunk in chunks)
+                peeked.extend((recording, journal, chunk) for chunk in chunks)
+        sizes = sorted((len(chunk.payload) for _, _, chunk in peeked), reverse=True)
+        smallest_packed = sizes[PACKED_PER_COMMIT] + 1 if len(sizes) > PACKED_PER_COMMIT else 0
+        sealed = []
+        for recording, journal, chunk in peeked:
+            stream = Stream(recording.subject, self.writer)
+            pack = len(chunk.payload) >= smallest_packed
+            batch = seal(stream, *chunk, recording.digest, pack=pack)
+            recording.digest = digest(batch)
+            sealed.append(_Sealed(recording, chunk, batch, journal))
+        return sealed
+
+    async def _append_sealed(self) -> None:
+        sealed = self._sealed
+        await self.store.append([each.batch for each in sealed])
+        for each in sealed:
+            each.journal.confirm(each.chunk)
+            each.recording.durable = each.batch.header.last
+            self._counts["durable"] += each.chunk.count
+            self._unsettled_bytes += len(each.chunk.payload)
+        self._counts["batches"] += len(sealed)
+        self._counts["commits"] += 1
+        self._last_error = None
+        self._sealed = []
+
+    def _wants_release(self) -> bool:
+        ended = sum(recording.ended for recording in tuple(self._live.values()))
+        return ended >= 100 or len(self._live) > MAX_OPEN_JOURNALS
+
+    async def _settle(self) -> None:
+        """Make the log independent of the engine's write-ahead file, then give journals back."""
+        durable = [(recording, journal, recording.durable) for recording, journal in self._open_journals()]
+        await self.store.settle()
+        self._unsettled_bytes = 0
+        self._counts["settled"] += 1
+        crowded = len(self._live) > MAX_OPEN_JOURNALS
+        for recording, journal, sequence in durable:
+            journal.release(sequence)
+            if (recording.ended or crowded) and recording.recorded == sequence:
+                self._close_journal(recording, journal)
+
+    def _close_journal(self, recording: Recording, journal: Journal) -> None:
+        with self._lock:
+            if journal.close():
+                recording.next = recording.durable + 1
+                recording.journal = _UNOPENED
+                self._live.pop(recording.subject, None)
+
+    # waiting: flush and close ---------------------------------------------------------------------------------
+
+    def flush(self) -> Pending[None]:
+        """Wait until all that was recorded before this call is durable. Raises StoreError; nothing is lost then."""
+        targets = [(recording, recording.recorded) for recording in tuple(self._live.values())]
+        return self.portal.call(self._flush, targets)
+
+    async def _flush(self, targets: list[tuple[Recording, int]]) -> None:
+        try:
+            while any(recording.durable < target for recording, target in targets):
+                await self._cycle()
+        except StoreError as error:
+            self._note_failure(error)
+            raise
+
+    def close(self) -> Pending[int]:
+        """Bring all to the log, at most close_timeout_s, and end; gives the number of events left in the journal.
+
+        What is left is taken in by the next open of the store. Recording afterwards raises Closed.
+        """
+        return self.portal.call(self._close)
+
+    async def _close(self) -> int:
+        import asyncio
+
+        done = False
+        try:
+            async with asyncio.timeout(self.close_timeout_s):
+                await self._flush([(r, r.recorded) for r in tuple(self._live.values())])
+                with self._lock:
+                    self._closed = True
+                while await self._cycle():
+                    pass
+                if self._unsettled_bytes:
+                    await self._settle()
+                done = True
+        except (TimeoutError, StoreError) as error:
+            self._last_error = str(error) or "the store didn't answer in time"
+        self._closed = True
+        left = sum(recording.recorded - recording.durable for recording in self._recordings.values())
+        if self._folder is not None:
+            if done and not left:
+                for recording, journal in self._open_journals():
+                    journal.release(recording.durable)
+                    self._close_journal(recording, journal)
+                self._folder.remove()
+            else:
+                self._folder.abandon()
+        try:
+            async with asyncio.timeout(self.close_timeout_s):
+                await self.store.aclose()
+        except (TimeoutError, StoreError) as error:
+            self._last_error = str(error) or "the store couldn't be closed in time"
+        return left
+
+    async def recover(self) -> RecoveryReport:
+        """Take in what killed writers of this host left."""
+        if self._journals is None:
+            return RecoveryReport()
+        report = await recover_dead_writers(self.store, self._journals)
+        self._counts["recovered"] += report.events
+        return report
+
+    # looking --------------------------------------------------------------------------------------------------
+
+    @property
+    def last_error(self) -> str | None:
+        """Why the last append failed; None while all is well."""
+        return self._last_error
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether nothing was recorded yet."""
+        return not self._recordings
+
+    def statistics(self) -> Statistics:
+        """Count what was done and what is held. Cheap, on any thread."""
+        recordings = tuple(self._recordings.values())
+        journals = [journal for _, journal in self._open_journals()]
+        folder = self._folder
+        crash_safe = self._journals is not None if folder is None else folder.crash_safe
+        return Statistics(
+            writer=f"{self.writer:016x}",
+            recorded=sum(recording.recorded for recording in recordings),
+            dropped=0 if folder is None else folder.dropped_events,
+            streams=len(journals),
+            held_bytes=sum(journal.held_bytes for journal in journals),
+            journal_bytes=0 if folder is None else folder.file_bytes(),
+            memory_bytes=0 if folder is None else folder.memory_bytes,
+            acknowledgement="crash_safe" if crash_safe else "accepted",
+            last_error=self._last_error,
+            problem=None if folder is None else folder.problem,
+            **self._counts,
+        )
+
+    # fork -----------------------------------------------------------------------------------------------------
+
+    def forked(self) -> None:
+        """In a fork's child: leave all of the parent's alone and be a new writer from the first record on."""
+        _inherited.append((self.store, self._folder, self._sealed, [r.journal for r in self._recordings.values()]))
+        if self._folder is not None:
+            self._folder.abandon()
+        self.portal.forget()
+        for recording in self._recordings.values():
+            recording.renew()
+        self._begin()
+
+
+# What a fork's child has of its parent's: referenced for ever and never touched, because closing an SQLite connection
+# drops its locks in the parent too, and unmapping would need the parent's lock.
+_inherited: list[Any] = []
+_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for recorder in tuple(_recorders):
+        recorder.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,271 @@
+"""A connection that is opened anew after a failure, a thread that it runs on, and what SQLite's errors mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eventrun import clock
+from eventrun.errors import FormatTooNew, LogDamaged, StoreError, StoreUnavailable
+from eventrun.stores.sqlite.batches import FORMAT
+
+if TYPE_CHECKING:  # imported on first use: together they take 40 ms
+    import asyncio
+    import sqlite3
+
+    import aiosqlite
+
+APPLICATION_ID = 0x65767275  # also in schema.sql
+BUSY_S = 10.0  # how long to wait while another process holds the log
+WAL_BYTES = 64 << 20  # where a commit itself checkpoints, because nobody called settle()
+CACHE_BYTES = 16 << 20  # with 1,000 streams a commit touches 1,000 index pages
+
+T = TypeVar("T")
+_inherited: list[object] = []  # kept alive: to close a connection of the parent's may harm its database
+SCHEMA = Path(__file__).with_name("schema.sql")
+
+
+class Log:
+    """The database as one connection sees it, used by one thread; opened by the first job, and after a failure."""
+
+    def __init__(self, file: Path, create: bool) -> None:
+        self.file = file
+        self.read_only = False
+        self._create = create
+        self._raw: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+
+    def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Do a job. Raises StoreError for what SQLite raises."""
+        import sqlite3
+
+        try:
+            if self._raw is None:
+                self._raw = self._open()
+            return job(self._raw)
+        except sqlite3.Error as error:
+            if _code(error) != sqlite3.SQLITE_BUSY:
+                self.close()
+            raise store_error(error, self.file) from error
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the log."""
+        return self.run(lambda raw: raw)
+
+    def close(self) -> None:
+        """Close the connection; the next job opens another."""
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            raw.close()
+
+    def abandon(self) -> object:
+        """Give away the connection as it is: in a fork's child it must be neither used nor closed."""
+        raw, self._raw = self._raw, None
+        return raw
+
+    def check_writable(self) -> None:
+        """Raise StoreUnavailable in a place where nothing can be written."""
+        if self.read_only:
+            raise StoreUnavailable(
+                f"{self.file.parent} can't be written by this user: it was opened to read only"
+            )
+
+    def check_unmoved(self) -> None:
+        """Raise StoreUnavailable when the file is not the one that was opened."""
+        # SQLite would go on writing to a file that has been deleted.
+        if _identity(self.file) != self._identity:
+            raise StoreUnavailable(
+                f"{self.file} was moved or deleted while it was open: put it back, or open another"
+            )
+
+    def _open(self) -> sqlite3.Connection:
+        folder = self.file.parent
+        if self._identity is not None:
+            self.check_unmoved()
+        self.read_only = not os.access(folder, os.W_OK | os.X_OK) or (
+            self.file.exists() and not os.access(self.file, os.W_OK)
+        )
+        if self.read_only:
+            raw = self._open_read_only()
+        else:
+            raw = _connect(self.file, "rwc" if self._create else "rw")
+        try:
+            self._check_format(raw)
+            if not self.read_only:
+                _set_up(raw)
+        except BaseException:
+            raw.close()
+            raise
+        self._identity = _identity(self.file)
+        return raw
+
+    def _open_read_only(self) -> sqlite3.Connection:
+        import sqlite3
+
+        raw = _connect(self.file, "ro")
+        try:
+            raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return raw
+        except sqlite3.OperationalError as error:
+            raw.close()
+            wal = self.file.with_name(self.file.name + "-wal")
+            if wal.exists() and wal.stat().st_size:
+                raise StoreUnavailable(
+                    f"{wal} holds the newest events, and can't be read from a folder that can't be written: "
+                    "copy the whole folder to a place that can be written, and open that"
+                ) from error
+        # Nobody writes here and there is no write-ahead file, so SQLite may do without the index that it would have
+        # to make beside the database.
+        return _connect(self.file, "ro&immutable=1")
+
+    def _check_format(self, raw: sqlite3.Connection) -> None:
+        # The tables are counted first: another process may be making them right now.
+        (tables,) = raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (application,) = raw.execute("PRAGMA application_id").fetchone()
+        (version,) = raw.execute("PRAGMA user_version").fetchone()
+        if application == version == tables == 0:
+            if not self._create or self.read_only:
+                raise StoreUnavailable(
+                    f"{self.file} holds no log yet: its writer was stopped before the first append"
+                )
+            _use_wal(raw)
+            raw.executescript(SCHEMA.read_text("utf-8"))
+        elif application != APPLICATION_ID:
+            raise StoreUnavailable(f"{self.file} is a database of another program: choose another folder")
+        elif version > FORMAT:
+            raise FormatTooNew(
+                f"{self.file} has format {version}, this eventrun reads up to {FORMAT}: upgrade eventrun"
+            )
+
+
+def _connect(file: Path, mode: str) -> sqlite3.Connection:
+    import sqlite3
+
+    return sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=BUSY_S, isolation_level=None)
+
+
+def _set_up(raw: sqlite3.Connection) -> None:
+    _use_wal(raw)
+    (page_size,) = raw.execute("PRAGMA page_size").fetchone()
+    raw.execute("PRAGMA synchronous = FULL")
+    raw.execute("PRAGMA fullfsync = 1")  # macOS: a plain fsync stops at the disk's cache
+    raw.execute("PRAGMA checkpoint_fullfsync = 1")
+    raw.execute(f"PRAGMA cache_size = {-CACHE_BYTES // 1024}")
+    raw.execute(f"PRAGMA wal_autocheckpoint = {WAL_BYTES // page_size}")
+    raw.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+
+
+def _use_wal(raw: sqlite3.Connection) -> None:
+    import sqlite3
+
+    mode = ""
+    deadline = clock.monotonic_ns() + BUSY_S * 1e9
+    while not mode:
+        try:
+            (mode,) = raw.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as error:
+            # Two processes that make the same log at once: here SQLite doesn't wait by itself.
+            if _code(error) != sqlite3.SQLITE_BUSY or clock.monotonic_ns() > deadline:
+                raise
+            clock.sleep(0.01)
+    if mode != "wal":
+        raise StoreUnavailable(
+            "SQLite can't keep a write-ahead log in this folder (a network disk?): choose one on a local disk"
+        )
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def store_error(error: sqlite3.Error, file: Path) -> StoreError:
+    """Say what SQLite's error means here, and what to do."""
+    import sqlite3
+
+    code = _code(error)
+    text = f"{error} ({getattr(error, 'sqlite_errorname', type(error).__name__)})"
+    # An OperationalError without a code comes from sqlite3 itself: text that is not UTF-8.
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (not code and "decode" in text):
+        return LogDamaged(
+            f"{file} is damaged: {text}; restore a backup, or read what is left", (f"{file}: {text}",)
+        )
+    advice = {
+        sqlite3.SQLITE_BUSY: f"another process has held it for {BUSY_S:g} s; look for one that hangs",
+        sqlite3.SQLITE_FULL: "the disk is full; free some space and append again",
+        sqlite3.SQLITE_READONLY: "it can't be written; give this user the right, or open it to read only",
+        sqlite3.SQLITE_CANTOPEN: "it can't be opened; look at the folder's permissions and free space",
+        sqlite3.SQLITE_IOERR: "the disk failed; look at the system's log, then append again",
+    }.get(code, "SQLite refused")
+    return StoreUnavailable(f"{file}: {advice}: {text}")
+
+
+class Courier:
+    """Carries jobs to a log on a thread of its own, one after another, and their answers back.
+
+    A job that was begun is finished, whether or not anybody still waits for it.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._opening: asyncio.Future[aiosqlite.Connection] | None = None
+        self._process = 0
+
+    async def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Have a job done and return its answer."""
+        import asyncio
+
+        self._leave_to_parent()
+        if self._opening is None:
+            self._process = os.getpid()
+            self._opening = asyncio.ensure_future(self._open())
+        connection = await asyncio.shield(self._opening)
+        # A closure, since aiosqlite logs the call at level DEBUG with all its arguments.
+        return await _on_thread(connection, lambda: self._log.run(job))
+
+    async def _open(self) -> aiosqlite.Connection:
+        import logging
+
+        import aiosqlite
+
+        logger = logging.getLogger("aiosqlite")
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)  # two lines per job would drown the training's own debug output
+        connection = aiosqlite.Connection(self._log.connect, iter_chunk_size=1)
+        # Or a client that nobody closed would hang the interpreter's exit. Before aiosqlite 0.22 it is the thread.
+        thread: Any = getattr(connection, "_thread", connection)
+        thread.daemon = True
+        try:
+            return await connection
+        except BaseException:
+            self._opening = None
+            raise
+
+    async def aclose(self) -> None:
+        """Close the connection after the jobs that wait, and end the thread."""
+        self._leave_to_parent()
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            connection = await opening
+            await _on_thread(connection, self._log.close)
+            await connection.close()
+
+    def _leave_to_parent(self) -> None:
+        if self._opening is not None and self._process != os.getpid():
+            _inherited.append((self._opening, self._log.abandon()))
+            self._opening = None
+
+
+async def _on_thread(connection: aiosqlite.Connection, job: Callable[[], T]) -> T:
+    # aiosqlite's public methods do one statement each.
+    answer: T = await connection._execute(job)  # type: ignore[no-untyped-call]
+    return answer

@@ -1,0 +1,413 @@
+"""The handle that training code holds: every call becomes one event, and none of them waits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
+from datetime import datetime, timezone
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from eventrun import aggregators
+from eventrun.clock import monotonic_ns, time_ns
+from eventrun.codec import checked_text, metric_values, plain, scalar
+from eventrun.errors import AlreadyFinished, InvalidType, InvalidValue
+from eventrun.events import (
+    AggregatorChoice,
+    ChartAdded,
+    ChronoFinished,
+    ChronoStarted,
+    DescriptionSet,
+    Event,
+    InputMarked,
+    MetadataSet,
+    MetricsLogged,
+    NoteAdded,
+    OutputMarked,
+    ParamsSet,
+    Scalar,
+    StatusChanged,
+    Step,
+    TagsAdded,
+    TagsRemoved,
+    TrialCreated,
+    TrialFinished,
+    TrialStarted,
+)
+
+if TYPE_CHECKING:
+    from eventrun.pending import Pending
+
+MAX_NAME_BYTES = 10_240  # of a project's, group's or trial's name, as UTF-8
+ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
+ID_LENGTH = 16  # 80 random bits: a first collision is likely at 10^12 trials
+
+_SCALARS = frozenset({float, int, bool, str, type(None)})
+_STEPS = frozenset({int, float, type(None)})
+_NO_STEP = type(None)
+_active: ContextVar[Trial | None] = ContextVar("eventrun_trial", default=None)
+
+
+class Recording(Protocol):
+    """What a trial needs of its stream."""
+
+    def record(self, event: Event) -> None: ...
+
+
+class Owner(Protocol):
+    """What a trial needs of its client."""
+
+    def trial_started(self, trial: Trial) -> None: ...
+
+    def trial_finished(self, trial: Trial) -> None: ...
+
+    def check_trial(self, trial: Trial) -> Pending[None]: ...
+
+
+class Trial:
+    """One execution of one configuration. Made by `client.trial(...)`.
+
+    All methods may be called from any thread, return at once, and fail only for values that can't be stored. As a
+    context manager (`with` or `async with`) it starts, finishes, and is what `eventrun.current_trial()` gives inside.
+    """
+
+    def __init__(
+        self, owner: Owner, recording: Recording, trial_id: str, project: str, group: str, name: str, resumed: bool
+    ) -> None:
+        self.id = trial_id
+        self.project = project
+        self.group = group
+        self.name = name
+        self.resumed = resumed
+        self._owner = owner
+        self._record = recording.record
+        self._lock = Lock()
+        self._started = False
+        self._finished: tuple[str, int] | None = None  # the status and when
+        self._plain_log = False  # started and not finished: `log` needn't look further
+        self._token: Token[Trial | None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Trial {self.id} {self.name!r} of {self.project!r}>"
+
+    # metrics --------------------------------------------------------------------------------------------------
+
+    def log(
+        self,
+        values: Mapping[str, Any] | None = None,
+        /,
+        *,
+        step: Step = None,
+        epoch: Step = None,
+        subset: str | None = None,
+        aggregator: Any = None,
+        **named: Any,
+    ) -> None:
+        """Log metrics: `log(loss=0.3, step=10)` or `log({"loss": 0.3}, step=10, epoch=1, subset="train")`.
+
+        Values are float, int up to 64 bits, bool, str, None, or have `.item()` (a GPU tensor waits for its GPU). Nested
+        mappings flatten with "/"; `subset` is a prefix in the same way. Steps are int, float or None. `aggregator`
+        chooses one more summary for these metrics: "ring", ("ring", {"n": 10}) or an aggregator. Raises InvalidType or
+        InvalidValue naming the key; nothing is recorded then. After `finish` events are kept and marked late.
+        """
+        if (
+            self._plain_log
+            and values is None
+            and aggregator is None
+            and named
+            and type(step) in _STEPS
+            and epoch is None
+            and subset is None
+            and _SCALARS.issuperset(map(type, named.values()))
+        ):
+            try:
+                self._record(MetricsLogged(named, step))
+            except (OverflowError, UnicodeEncodeError):  # a huge int or a lone surrogate: found by name below
+                self._log(named, step, epoch, subset, aggregator)
+        else:
+            merged = named if values is None else {**_mapping(values, "metrics"), **named}
+            self._log(merged, step, epoch, subset, aggregator)
+
+    def _log(self, values: Mapping[str, Any], step: Any, epoch: Any, subset: Any, aggregator: Any) -> None:
+        flat = metric_values(values)
+        event = MetricsLogged(
+            flat,
+            _step(step, "step"),
+            _step(epoch, "epoch"),
+            None if subset is None else _name(subset, "subset"),
+            _choice(aggregator),
+            self._finished is not None,
+        )
+        if flat:
+            self._begin()
+            self._record(event)
+
+    def chrono(self, name: str, *, aggregator: Any = None) -> Chrono:
+        """Time a block: `with trial.chrono("epoch"): ...`, or `async with`. Nests, and may be used again."""
+        return Chrono(self, _name(name, "a chrono's name"), _choice(aggregator))
+
+    # what is known about the trial ----------------------------------------------------------------------------
+
+    def set_params(self, params: Mapping[str, Any] | None = None, /, *, source: str = "call", **named: Any) -> None:
+        """Set params; nested mappings merge by key, all else replaces. `source` is shown beside each value."""
+        params = {**_mapping(params or {}, "params"), **named}
+        if params:
+            self._record(ParamsSet(plain(params, "params"), _name(source, "source")))
+
+    def set_metadata(self, metadata: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+        """Set metadata by key."""
+        metadata = {**_mapping(metadata or {}, "metadata"), **named}
+        if metadata:
+            self._record(MetadataSet(plain(metadata, "metadata")))
+
+    def add_tags(self, *names: str, **tags: Any) -> None:
+        """Add tags: names alone, or with a value: `add_tags("good", owner="x")`."""
+        found: dict[str, Any] = {_name(name, "a tag"): None for name in names}
+        found.update({_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in tags.items()})
+        if found:
+            self._record(TagsAdded(found))
+
+    def remove_tags(self, *names: str) -> None:
+        """Remove tags; those that aren't there are ignored."""
+        if names:
+            self._record(TagsRemoved([_name(name, "a tag") for name in names]))
+
+    def set_description(self, description: str) -> None:
+        """Set the description."""
+        self._record(DescriptionSet(_text(description, "the description")))
+
+    def add_note(self, text: str) -> None:
+        """Add a note; notes are kept with their time."""
+        self._record(NoteAdded(_text(text, "the note")))
+
+    def add_chart(self, spec: Mapping[str, Any], name: str | None = None) -> None:
+        """Add a Vega or Vega-Lite specification."""
+        self._record(ChartAdded(plain(_mapping(spec, "a chart"), "chart"), None if name is None else _name(name, "name")))
+
+    def add_input(self, ref: Any) -> None:
+        """Mark what the trial uses: a text, URI or mapping. Marking the same again changes nothing."""
+        self._record(InputMarked(plain(ref, "input")))
+
+    def add_output(self, ref: Any) -> None:
+        """Mark what the trial makes: a text, URI or mapping. Marking the same again changes nothing."""
+        self._record(OutputMarked(plain(ref, "output")))
+
+    # its life -------------------------------------------------------------------------------------------------
+
+    def set_status(self, status: str, error: BaseException | str | None = None) -> None:
+        """Say how the trial is, in your own word; views map it to one of seven."""
+        self._record(StatusChanged(_name(status, "the status"), _error_text(error)))
+
+    def start(self) -> None:
+        """Record that the trial runs; `with` and the first `log` do so by themselves."""
+        self._begin()
+
+    def finish(self, status: str = "completed", error: BaseException | str | None = None) -> None:
+        """End the trial. Raises AlreadyFinished when it has ended."""
+        event = TrialFinished(_name(status, "the status"), _error_text(error))
+        with self._lock:
+            if self._finished is not None:
+                was, when = self._finished
+                date = datetime.fromtimestamp(when / 1e9, timezone.utc).isoformat(" ", "seconds")
+                raise AlreadyFinished(
+                    f"trial {self.name!r} ({self.id}) ended already at {date} as {was!r}; "
+                    f"to go on with it: client.trial({self.project!r}, resume={self.id!r})"
+                )
+            self._record(event)
+            self._finished = (status, time_ns())
+            self._plain_log = False
+        self._owner.trial_finished(self)
+
+    @property
+    def finished(self) -> bool:
+        """Tell whether this handle ended the trial."""
+        return self._finished is not None
+
+    def ready(self) -> Pending[None]:
+        """Wait until the store knows this trial. Raises NotFound for a `resume=` id that doesn't exist."""
+        return self._owner.check_trial(self)
+
+    def _begin(self) -> None:
+        if self._started:
+            return
+        with self._lock:
+            if self._started:
+                return
+            if self._finished is None:
+                self._record(TrialStarted(self.resumed))
+                self._plain_log = True
+            self._started = True
+        self._owner.trial_started(self)
+
+    def __enter__(self) -> Trial:
+        self._begin()
+        self._token = _active.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._token is not None:
+            _active.reset(self._token)
+            self._token = None
+        if self._finished is None:
+            status = _status_of(error)
+            self.finish(status, None if status == "completed" else error)
+
+    async def __aenter__(self) -> Trial:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+    def record(self, event: Event) -> None:
+        """Record any event in this trial's stream; the methods above are the usual way."""
+        self._record(event)
+
+
+class Chrono:
+    """A named timer of a trial; durations come from the monotonic clock."""
+
+    def __init__(self, trial: Trial, name: str, aggregator: AggregatorChoice | None) -> None:
+        self._trial = trial
+        self._name = name
+        self._aggregator = aggregator
+        self._starts: list[int] = []
+
+    def __enter__(self) -> Chrono:
+        self._trial.start()
+        self._trial.record(ChronoStarted(self._name, self._aggregator))
+        self._starts.append(monotonic_ns())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = (monotonic_ns() - self._starts.pop()) / 1e9
+        late = self._trial.finished
+        self._trial.record(ChronoFinished(self._name, seconds, _error_text(error), self._aggregator, late))
+
+    async def __aenter__(self) -> Chrono:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, error, trace)
+
+
+def active_trial() -> Trial | None:
+    """Return the trial whose `with` block this task is in."""
+    return _active.get()
+
+
+def creation_events(
+    trial: Trial, params: Any, tags: Any, metadata: Any, description: str, version: str | None
+) -> list[Event]:
+    """Make the events that a new trial begins with; all values are checked before any is recorded."""
+    events: list[Event] = [
+        TrialCreated(trial.project, trial.group, trial.name, _text(description, "the description"),
+                     None if version is None else _text(version, "the version"))
+    ]  # fmt: skip
+    if params:
+        events.append(ParamsSet(plain(_mapping(params, "params"), "params")))
+    if tags:
+        named = tags if hasattr(tags, "items") else dict.fromkeys([tags] if isinstance(tags, str) else tags)
+        events.append(TagsAdded({_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in named.items()}))
+    if metadata:
+        events.append(MetadataSet(plain(_mapping(metadata, "metadata"), "metadata")))
+    return events
+
+
+def new_id() -> str:
+    """Draw a trial's id: 80 random bits."""
+    bits = int.from_bytes(os.urandom(10), "big")
+    return "".join(ID_ALPHABET[bits >> shift & 31] for shift in range(75, -1, -5))
+
+
+def default_name(trial_id: str) -> str:
+    """Make a name that people can say from an id: "calm-otter-7f3"."""
+    number = int.from_bytes(trial_id.encode(), "big")
+    return f"{_ADJECTIVES[number % 64]}-{_ANIMALS[number // 64 % 64]}-{trial_id[:3]}"
+
+
+def checked_name(value: Any, what: str) -> str:
+    """Check a project's, group's, trial's, tag's or chrono's name: text, not blank, at most MAX_NAME_BYTES."""
+    return _name(value, what)
+
+
+def _name(value: Any, what: str) -> str:
+    text = _text(value, what)
+    if not text or text.isspace():
+        raise InvalidValue(f"{what} is empty; give it at least one letter")
+    if len(text) > MAX_NAME_BYTES // 4 and len(text.encode()) > MAX_NAME_BYTES:
+        raise InvalidValue(f"{what} has {len(text.encode()):,} bytes; at most {MAX_NAME_BYTES:,} are kept")
+    return text
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidType(f"{what} is {type(value).__qualname__}, not text")
+    return checked_text(str(value), what)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not hasattr(value, "items"):
+        raise InvalidType(f"{what} are a mapping of names to values, not {type(value).__qualname__}")
+    return dict(value.items())
+
+
+def _step(value: Any, what: str) -> Step:
+    found: Scalar = scalar(value, what)
+    if type(found) not in _STEPS:
+        raise InvalidType(f"{what} is {value!r}; steps are int, float or None")
+    return found  # type: ignore[return-value]
+
+
+def _choice(aggregator: Any) -> AggregatorChoice | None:
+    if aggregator is None:
+        return None
+    if isinstance(aggregator, str):
+        aggregator = (aggregator, {})
+    if not isinstance(aggregator, tuple):
+        aggregator = aggregators.describe(aggregator)
+    name, arguments = aggregator
+    try:
+        aggregators.make(name, arguments)
+    except ValueError as error:
+        raise InvalidValue(str(error)) from error
+    return (name, dict(arguments))
+
+
+def _error_text(error: BaseException | str | None) -> str | None:
+    if error is None:
+        return None
+    if isinstance(error, str):
+        return checked_text(error, "the error")
+    text = str(error).encode("utf-8", "backslashreplace").decode()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _status_of(error: BaseException | None) -> str:
+    """The word for how a block was left. Being cancelled or stopped isn't a failure of the trial."""
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "completed"
+    return "failed" if isinstance(error, (Exception, SystemExit)) else "interrupted"
+
+
+_ADJECTIVES = (
+    "able airy amber bold brave brisk bright calm clear clever cosy crisp dapper deft eager early easy fair fine fleet "
+    "fond frank fresh gentle glad golden grand happy hardy honest jolly keen kind lively lucid lucky merry mild neat "
+    "nimble noble patient plain polite proud quick quiet rapid ready sage sharp silver smart snug spry steady sunny "
+    "swift tidy trusty vivid warm wise witty"
+).split()
+_ANIMALS = (
+    "badger bear beaver bee bison bobcat camel cat condor crane crow deer dingo dolphin dove eagle egret elk falcon "
+    "ferret finch fox gecko goat goose hare hawk heron ibex ibis jackal jay kestrel kiwi koala lark lemur llama lynx "
+    "magpie marten mole moose newt ocelot orca osprey otter owl panda pike puffin quail raven robin seal shrew stork "
+    "swan tapir tern toad vole wren"
+).split()
