@@ -1,0 +1,83 @@
+"""eventrun: an asynchronous, event-sourced logger for training code.
+
+    with eventrun.open("runs") as client, client.trial("mnist") as trial:
+        trial.log(loss=0.3, step=1)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from eventrun.client import Client, Past, current_trial, open
+from eventrun.errors import (
+    AlreadyFinished,
+    Ambiguous,
+    Closed,
+    Conflict,
+    EventrunError,
+    FormatTooNew,
+    InvalidType,
+    InvalidValue,
+    LogDamaged,
+    MissingExtra,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
+from eventrun.pending import Pending, Query
+from eventrun.trial import Chrono, Trial
+
+if TYPE_CHECKING:
+    from eventrun.aggregators import Ring, Stat, TimeSeries, Value
+    from eventrun.projections import Projection
+    from eventrun.query import Series
+
+__all__ = [
+    "AlreadyFinished",
+    "Ambiguous",
+    "Chrono",
+    "Client",
+    "Closed",
+    "Conflict",
+    "EventrunError",
+    "FormatTooNew",
+    "InvalidType",
+    "InvalidValue",
+    "LogDamaged",
+    "MissingExtra",
+    "NotFound",
+    "Past",
+    "Pending",
+    "Projection",
+    "Query",
+    "Ring",
+    "Series",
+    "Stat",
+    "StoreError",
+    "StoreUnavailable",
+    "TimeSeries",
+    "Trial",
+    "Value",
+    "__version__",
+    "current_trial",
+    "open",
+]
+
+# Found on first use: a training that only records needn't import what reads.
+_LATER = {
+    "Projection": "eventrun.projections",
+    "Series": "eventrun.query",
+    **dict.fromkeys(("Ring", "Stat", "TimeSeries", "Value"), "eventrun.aggregators"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("eventrun")
+    if name in _LATER:
+        from importlib import import_module
+
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'eventrun' has no attribute {name!r}")

@@ -8,7 +8,7 @@ integers exactly.
 - Integers of about 70 bits are two to three times as quick as float partials (tried: `math.fsum` and its
   residuals, over products of values split in halves).
 - With numpy a chunk is cut into rows of 20-bit integers held in doubles. No sum of their products passes
-  2**53, so one matrix product gives all of them unrounded (tried: bincount by exponent, up to 1.5 times slower).
+  2**53: one matrix product gives all of them unrounded (a bincount by exponent took up to 1.5 times as long).
 - numpy is taken when the process has loaded it anyway, because loading it (120 ms) costs what it wins on a
   million values; whoever is about to fold more calls `load_numpy()` first.
 """
@@ -208,9 +208,9 @@ class Stat(msgspec.Struct, array_like=True, tag="stat", gc=False):
     """Keep statistics of all but the first observations, by Track's rule, with skip from 0 to SKIP_LIMIT.
 
     Observations 1 to skip-1 count for nothing, number skip for `min` and `max` only, the following ones for
-    everything. What is not finite (NaN, infinite) or not numeric (str, None) takes its place in that order and
-    is counted wherever it stands, but enters no statistic. The first `skip` observations are kept as they came:
-    after a merge they may turn out not to be the first.
+    everything. What is not finite (NaN, infinite) or not numeric (str, None) takes its place in that order,
+    is counted wherever it stands, and enters no statistic. The first `skip` observations are kept as they
+    came: after a merge they may turn out not to be the first.
     """
 
     skip: int = 0
@@ -259,7 +259,7 @@ class Stat(msgspec.Struct, array_like=True, tag="stat", gc=False):
         self.last = other.last
 
     def value(self) -> dict[str, Scalar]:
-        """The statistics by name; `count` is the number of values in `sum`; of no values, mean and sd are None."""
+        """The statistics by name; `count` is the number of values in `sum`; mean and sd of none are None."""
         edge = split(self.head[self.skip - 1 :])[0] if self.skip else []
         extremes = Moments()
         extremes.extend(edge)

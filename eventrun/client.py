@@ -15,7 +15,7 @@ from eventrun.clock import monotonic_ns
 from eventrun.codec import Batch, Stream
 from eventrun.config import Settings, load_settings
 from eventrun.errors import Closed, InvalidValue, NotFound
-from eventrun.events import GroupCreated, ProjectCreated, TagsAdded, group_subject, project_subject, trial_subject
+from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal
 from eventrun.recorder import Recorder, Statistics
@@ -27,7 +27,9 @@ from eventrun.trial import ID_ALPHABET, ID_LENGTH, Trial, active_trial, checked_
 if TYPE_CHECKING:
     from eventrun.projections import Projection
     from eventrun.projector import VerifyReport
-    from eventrun.query import GroupState, ProjectState, Reader, Series, StoredEvent, TrialState
+    from eventrun.codec import StoredEvent
+    from eventrun.projections import GroupState, ProjectState, TrialState
+    from eventrun.query import Reader, Series
 
 LOOK_FOR_DEAD_WRITERS_S = 2.0  # how often readers look whether a writer was killed
 CLOSING_BLOCK_S = 0.3
@@ -135,7 +137,7 @@ class Client:
 
     def check_trial(self, trial: Trial) -> Pending[None]:
         """Wait until the store knows a trial. Raises NotFound."""
-        return self._ask(True, self._check_known, trial)
+        return self._ask(True, lambda: self._check_known(trial))
 
     def _check_known(self, trial: Trial) -> None:
         if not self._reader().trial(trial.id).name:
@@ -201,3 +203,286 @@ class Client:
         """Ask for the events of the log beyond position `after`, in order; of one trial, or all."""
         key = None if trial is None else _key(trial)
         return self._pages(fresh, lambda cursor: self._reader().events(cursor, trial=key, limit=limit), after)
+
+    def tail(
+        self, *, after: int | None = None, trial: TrialLike = None, poll_s: float = TAIL_POLL_S
+    ) -> Query[StoredEvent]:
+        """Follow the log: events beyond `after` (None: from now on), for ever, as they become durable."""
+        key = None if trial is None else _key(trial)
+        start = -1 if after is None else after
+        return Query(lambda cursor: self._ask(True, lambda: self._reader().tail(cursor, trial=key)), start, poll_s)
+
+    def at(self, *, position: int | None = None, time: Any = None) -> Past:
+        """Go back: an object with the same read methods, as of a position of the log or a time.
+
+        `time` is in nanoseconds since 1970, a datetime with a time zone, or ISO text.
+        """
+        return Past(self, lambda: self._reader().at(position=position, time=time))
+
+    def rebuild(self, trial: TrialLike = None) -> Pending[None]:
+        """Fold the whole log (or one trial's part) anew, beside the old views, and switch to the result."""
+        return self._ask(True, lambda: self._reader().rebuild(None if trial is None else _key(trial)))
+
+    def verify(self, *, views: bool = False) -> Pending[VerifyReport]:
+        """Read everything and check it; with `views`, also fold everything anew and compare."""
+        return self._ask(True, lambda: self._reader().verify(views=views))
+
+    def register(self, projection: Projection[Any]) -> None:
+        """Have a projection of your own kept, caught up and rebuilt like ours; ask for its state with `view`."""
+        self._reader().register(projection)
+
+    def view(self, name: str, key: str = "", *, fresh: bool = True) -> Pending[Any]:
+        """Ask for the state of a registered projection. Raises NotFound for a name that isn't registered."""
+        return self._ask(fresh, lambda: self._reader().view(name, key))
+
+    def _ask(self, fresh: bool, question: Callable[[], T]) -> Pending[T]:
+        self._check_open()
+
+        def answer() -> T:
+            if fresh:
+                self._freshen()
+            return question()
+
+        return self._portal.read(answer)
+
+    def _pages(self, fresh: bool, fetch: Callable[[Any], Page[T]], start: Any) -> Query[T]:
+        # Only the first page waits for what was recorded before: the rest belongs to the same question.
+        return Query(lambda cursor: self._ask(fresh and cursor == start, lambda: fetch(cursor)), start)
+
+    def _freshen(self) -> None:
+        """On the reader's thread: what this client recorded is durable, what killed writers left is taken in."""
+        if not self._recorder.idle:
+            self._recorder.flush().result()
+        now = monotonic_ns()
+        if now - self._looked_ns > LOOK_FOR_DEAD_WRITERS_S * 1e9:
+            self._looked_ns = now
+            self._recover()
+
+    def _recover(self) -> RecoveryReport:
+        report = self._portal.call(self._recorder.recover).result()
+        for problem in report.problems:
+            warnings.warn(f"eventrun: a killed writer's journal is damaged: {problem}", RuntimeWarning, stacklevel=2)
+        return report
+
+    def _reader(self) -> Reader:
+        if self._readers is None:
+            from eventrun.query import Reader
+
+            self._readers = Reader(
+                self.folder, read=self._read_log, end=self._end_of_log, gentle=lambda: not self._recorder.idle
+            )
+        return self._readers
+
+    def _read_log(
+        self, after: int = 0, *, subject: str | None = None, limit_bytes: int = READ_BYTES
+    ) -> list[StoredBatch]:
+        store = self._recorder.store
+
+        async def read() -> list[StoredBatch]:
+            return await store.read(after, subject=subject, limit_bytes=limit_bytes)
+
+        return self._portal.call(read).result()
+
+    def _end_of_log(self) -> int:
+        return self._portal.call(self._recorder.store.end).result()
+
+    # the store itself, for import, export and maintenance ------------------------------------------------------
+
+    def recovery(self) -> Pending[RecoveryReport]:
+        """Take in what killed writers of this host left; reads do so by themselves."""
+        return self._ask(False, self._recover)
+
+    def backup(self, folder: Path | str) -> Pending[None]:
+        """Copy the store to an empty or new folder while it is used: all that is durable now. Raises StoreError."""
+        copy = getattr(self._recorder.store, "backup", None)
+        if copy is None:
+            raise InvalidValue(f"the store {self.url!r} can't be copied as files: export its events instead")
+        return self._ask(True, lambda: self._portal.call(copy, Path(folder)).result())
+
+    def append(self, batches: Sequence[Batch], expected: Mapping[Stream, int] | None = None) -> Pending[int]:
+        """Append ready batches to the log, all or none. Raises Conflict; see `stores.base.Store`."""
+        self._check_open()
+        return self._portal.call(self._recorder.store.append, batches, expected)
+
+    def tip(self, stream: Stream) -> Pending[Tip]:
+        """Ask where a stream ends."""
+        self._check_open()
+        return self._portal.call(self._recorder.store.tip, stream)
+
+    def batches(self, after: int = 0, *, subject: str | None = None) -> Query[StoredBatch]:
+        """Ask for the log's batches beyond a position, as they are stored."""
+
+        def page(cursor: int) -> Page[StoredBatch]:
+            found = self._read_log(cursor, subject=subject)
+            return found, found[-1].last_position if found else None
+
+        return self._pages(True, page, after)
+
+    # the end --------------------------------------------------------------------------------------------------
+
+    def interrupt(self, reason: str) -> None:
+        """End all trials of this client as interrupted, at once and without waiting (a signal has come)."""
+        for trial in tuple(self._trials.values()):
+            if not trial.resumed:
+                trial.interrupt(reason)
+
+    def close(self) -> None:
+        """End what is unfinished, bring everything to the log and let go; at most `close_timeout_s`.
+
+        What doesn't get there in time stays in the journal, said in one line; the next open takes it in. Closing
+        again does nothing.
+        """
+        if self._closed:
+            return
+        self.interrupt("no finish")
+        block = self._closing_block()
+        self._closed = True
+        exits.forget(self)
+        left = self._recorder.close().result() if not self._recorder.untouched else 0
+        self._end_reader()
+        self._portal.stop()
+        self._tell(left, block)
+
+    def _end_reader(self) -> None:
+        reader = self._readers
+        if reader is not None:
+            self._portal.read(reader.close).result()
+
+    def _closing_block(self) -> str:
+        stream = sys.stderr
+        if self.settings.quiet or os.environ.get("CI") or not self._made or stream is None or not stream.isatty():
+            return ""
+        from eventrun.summary import closing_block
+
+        return closing_block(self, self._made, seconds=CLOSING_BLOCK_S)
+
+    def _tell(self, left: int, block: str) -> None:
+        if left:
+            why = self._recorder.last_error or "the store didn't answer in time"
+            print(
+                f"eventrun: {left:,} events are not in the log yet ({why}); they are safe in "
+                f"{self.folder or 'memory'}/journals, and the next open of the store takes them in",
+                file=sys.stderr,
+            )
+        if block:
+            print(block, file=sys.stderr)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("the client was closed before this call; open another with eventrun.open(...)")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import anyio
+
+        # Shielded: a cancelled task group must not cost the last events their way to the log.
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self.close)
+
+
+class Past:
+    """The store as it was at a position or a time: the read methods of `Client`. Made by `client.at(...)`."""
+
+    def __init__(self, client: Client, reader: Callable[[], Any]) -> None:
+        self._client = client
+        self._at = reader
+
+    def trials(self, **chosen: Any) -> Query[TrialState]:
+        """Ask for trials, as `Client.trials`."""
+        offset = chosen.pop("offset", 0)
+        return self._client._pages(True, lambda cursor: self._at().trials(cursor, offset=offset, **chosen), 0)
+
+    def get(self, trial: TrialLike) -> Pending[TrialState]:
+        """Ask for one trial, as `Client.get`."""
+        return self._client._ask(True, lambda: self._at().trial(_key(trial)))
+
+    def history(
+        self,
+        trial: TrialLike,
+        metric: str,
+        *,
+        points: int | None = None,
+        between: tuple[float, float] | None = None,
+    ) -> Pending[Series]:
+        """Ask for the points of one metric, as `Client.history`."""
+        return self._client._ask(
+            True, lambda: self._at().history(_key(trial), metric, points=points, between=between)
+        )
+
+    def groups(self, project: str | None = None) -> Query[GroupState]:
+        """Ask for groups, as `Client.groups`."""
+        return self._client._pages(True, lambda cursor: self._at().groups(cursor, project=project), 0)
+
+    def projects(self) -> Query[ProjectState]:
+        """Ask for projects, as `Client.projects`."""
+        return self._client._pages(True, lambda cursor: self._at().projects(cursor), 0)
+
+    def events(self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None) -> Query[StoredEvent]:
+        """Ask for events, as `Client.events`."""
+        key = None if trial is None else _key(trial)
+        return self._client._pages(True, lambda cursor: self._at().events(cursor, trial=key, limit=limit), after)
+
+
+def open(  # noqa: A001 - the documented name: eventrun.open
+    url: str | os.PathLike[str] | None = None,
+    *,
+    linger_ms: float | None = None,
+    close_timeout_s: float | None = None,
+    quiet: bool | None = None,
+    create: bool = True,
+) -> Client:
+    """Open a store: a folder's path, "sqlite:PATH" or "memory:"; by default EVENTRUN_URL, else "runs".
+
+    Cheap and without waiting; a missing folder is made unless `create` is False. Raises StoreUnavailable, InvalidValue.
+    """
+    settings = load_settings(
+        url=None if url is None else os.fspath(url), linger_ms=linger_ms, close_timeout_s=close_timeout_s, quiet=quiet
+    )
+    return Client(settings, create=create)
+
+
+_default: dict[str, Client] = {}  # the client of EVENTRUN_TRIAL, by url
+
+
+def current_trial() -> Trial | None:
+    """Return the trial whose `with` block this task is in; elsewhere the one that EVENTRUN_TRIAL names, or None.
+
+    A new thread has no block of its own. The trial of EVENTRUN_TRIAL is joined in the store of EVENTRUN_URL.
+    """
+    trial = active_trial()
+    named = os.environ.get("EVENTRUN_TRIAL")
+    if trial is not None or not named:
+        return trial
+    url = load_settings().url
+    if url not in _default:
+        _default[url] = open(url)
+    client = _default[url]
+    return client._trials.get(named) or client.trial("joined", resume=named)
+
+
+def _key(trial: TrialLike) -> str:
+    key = trial if isinstance(trial, str) else getattr(trial, "id", None)
+    if not isinstance(key, str):
+        raise InvalidValue(f"{trial!r} is neither a trial nor a trial's id, name, prefix or '@latest'")
+    return key
+
+
+def _checked_id(trial_id: Any) -> str:
+    if not isinstance(trial_id, str) or len(trial_id) != ID_LENGTH or not set(trial_id) <= set(ID_ALPHABET):
+        raise InvalidValue(
+            f"resume={trial_id!r} is not a trial's id ({ID_LENGTH} letters and digits); "
+            "`(await client.get(name)).id` finds it by name or prefix"
+        )
+    return trial_id

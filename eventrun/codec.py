@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from eventrun.errors import FormatTooNew, InvalidType, InvalidValue, LogDamaged
-from eventrun.events import EVENT_TYPES, Event, Scalar
+from eventrun.events import EVENT_TYPES, Event, MetricsLogged, Scalar
 
 FORMAT_VERSION = 1
 RAW, ZLIB = 0, 1  # how a payload is packed
@@ -34,6 +34,8 @@ ENVELOPE_MAGIC = b"ER"
 Item = tuple[int, Event]
 
 _encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode  # an item as (time_ns, event); the log call can't afford a function around it
+METRICS_TAG = str(MetricsLogged.__struct_config__.tag)
 _items = msgspec.msgpack.Decoder(list[Item])
 _raw_items = msgspec.msgpack.Decoder(list[tuple[int, list[Any]]])
 

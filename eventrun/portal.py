@@ -38,6 +38,11 @@ class Portal:
         self._jobs: SimpleQueue[_Job | None] | None = None
         self._reader_thread: threading.Thread | None = None
 
+    @property
+    def started(self) -> bool:
+        """Tell whether the background loop has been used."""
+        return self._loop_thread is not None
+
     def call(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> Pending[T]:
         """Run a coroutine function on the background loop. Doesn't wait, not even for the loop to start."""
         future: Future[T] = Future()

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from eventrun.clock import time_ns
-from eventrun.codec import NO_DIGEST, Batch, Stream, digest, encode_item, seal
+from eventrun.codec import METRICS_TAG, NO_DIGEST, Batch, Stream, digest, encode, seal
 from eventrun.errors import Closed, StoreError, StoreUnavailable
-from eventrun.events import Event
-from eventrun.journal import Chunk, Journal, JournalFolder, StreamMoved, WrittenJournal, can_map
+from eventrun.events import Event, Scalar, Step
+from eventrun.journal import Chunk, Journal, JournalFolder, StreamMoved, can_map, new_journal
 from eventrun.pending import Pending
 from eventrun.portal import Portal
 from eventrun.recovery import RecoveryReport, recover_dead_writers
@@ -100,7 +100,18 @@ class Recording:
 
     def record(self, event: Event) -> None:
         """Date, encode and keep one event."""
-        item = encode_item(time_ns(), event)
+        self.keep(encode((time_ns(), event)))
+
+    def record_metrics(self, values: dict[str, Scalar], step: Step) -> None:
+        """Record MetricsLogged(values, step), whose other fields have their defaults: the frequent case."""
+        item = encode((time_ns(), (METRICS_TAG, values, step)))
+        try:
+            self.journal.append(item)
+        except StreamMoved:
+            self._recorder.reopen(self, item)
+
+    def keep(self, item: bytes) -> None:
+        """Keep an encoded event."""
         try:
             self.journal.append(item)
         except StreamMoved:
@@ -182,8 +193,7 @@ class Recorder:
         if segment is None:
             raise StoreUnavailable(f"no room for another trial, neither on disk nor in memory: {self._folder.problem}")
         recording.next = recording.recorded + 1
-        kind = Journal if self._folder.mapped else WrittenJournal
-        recording.journal = kind(self._folder, stream, segment, recording.next)
+        recording.journal = new_journal(self._folder, stream, segment, recording.next)
         recording.ended = False
         self._live[recording.subject] = recording
         if self._flusher is None:
@@ -361,6 +371,11 @@ class Recorder:
     def idle(self) -> bool:
         """Tell whether nothing was recorded yet."""
         return not self._recordings
+
+    @property
+    def untouched(self) -> bool:
+        """Tell whether neither recording nor reading has used the background loop yet."""
+        return not self.portal.started
 
     def statistics(self) -> Statistics:
         """Count what was done and what is held. Cheap, on any thread."""

@@ -10,7 +10,6 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from eventrun import aggregators
 from eventrun.clock import monotonic_ns, time_ns
 from eventrun.codec import checked_text, metric_values, plain, scalar
 from eventrun.errors import AlreadyFinished, InvalidType, InvalidValue
@@ -55,6 +54,8 @@ class Recording(Protocol):
 
     def record(self, event: Event) -> None: ...
 
+    def record_metrics(self, values: dict[str, Scalar], step: Step) -> None: ...
+
 
 class Owner(Protocol):
     """What a trial needs of its client."""
@@ -83,6 +84,7 @@ class Trial:
         self.resumed = resumed
         self._owner = owner
         self._record = recording.record
+        self._record_metrics = recording.record_metrics
         self._lock = Lock()
         self._started = False
         self._finished: tuple[str, int] | None = None  # the status and when
@@ -112,23 +114,19 @@ class Trial:
         chooses one more summary for these metrics: "ring", ("ring", {"n": 10}) or an aggregator. Raises InvalidType or
         InvalidValue naming the key; nothing is recorded then. After `finish` events are kept and marked late.
         """
-        if (
-            self._plain_log
-            and values is None
-            and aggregator is None
-            and named
-            and type(step) in _STEPS
-            and epoch is None
-            and subset is None
-            and _SCALARS.issuperset(map(type, named.values()))
-        ):
-            try:
-                self._record(MetricsLogged(named, step))
-            except (OverflowError, UnicodeEncodeError):  # a huge int or a lone surrogate: found by name below
-                self._log(named, step, epoch, subset, aggregator)
-        else:
-            merged = named if values is None else {**_mapping(values, "metrics"), **named}
-            self._log(merged, step, epoch, subset, aggregator)
+        if values is None and self._plain_log and epoch is None and subset is None and aggregator is None:
+            for value in named.values():
+                if type(value) not in _SCALARS:
+                    break
+            else:
+                if named and type(step) in _STEPS:
+                    try:
+                        self._record_metrics(named, step)
+                        return
+                    except (OverflowError, UnicodeEncodeError):  # a huge int or a lone surrogate: found by name below
+                        pass
+        merged = named if values is None else {**_mapping(values, "metrics"), **named}
+        self._log(merged, step, epoch, subset, aggregator)
 
     def _log(self, values: Mapping[str, Any], step: Any, epoch: Any, subset: Any, aggregator: Any) -> None:
         flat = metric_values(values)
@@ -219,6 +217,13 @@ class Trial:
             self._finished = (status, time_ns())
             self._plain_log = False
         self._owner.trial_finished(self)
+
+    def interrupt(self, reason: str) -> None:
+        """End the trial as interrupted if it runs. Takes no lock: a signal handler may call it anywhere."""
+        if self._started and self._finished is None:
+            self._finished = ("interrupted", time_ns())
+            self._plain_log = False
+            self._record(TrialFinished("interrupted", reason))
 
     @property
     def finished(self) -> bool:
@@ -371,15 +376,15 @@ def _step(value: Any, what: str) -> Step:
 def _choice(aggregator: Any) -> AggregatorChoice | None:
     if aggregator is None:
         return None
+    from eventrun import aggregators  # seldom chosen: the log call needn't pay for the import
+
     if isinstance(aggregator, str):
         aggregator = (aggregator, {})
-    if not isinstance(aggregator, tuple):
-        aggregator = aggregators.describe(aggregator)
-    name, arguments = aggregator
     try:
+        name, arguments = aggregator if isinstance(aggregator, tuple) else aggregators.describe(aggregator)
         aggregators.make(name, arguments)
-    except ValueError as error:
-        raise InvalidValue(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(f"aggregator={aggregator!r}: {error}") from error
     return (name, dict(arguments))
 
 

@@ -2,7 +2,7 @@
 
 from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, recover, segments_in
 from eventrun.journal.segments import JournalFolder, can_map, remove_folder
-from eventrun.journal.writing import Chunk, Journal, StreamMoved, WrittenJournal
+from eventrun.journal.writing import Chunk, Journal, StreamMoved, new_journal
 
 __all__ = [
     "DAMAGED_SUFFIX",
@@ -11,9 +11,9 @@ __all__ = [
     "JournalFolder",
     "Recovered",
     "StreamMoved",
-    "WrittenJournal",
     "can_map",
     "dead_writers",
+    "new_journal",
     "recover",
     "remove_folder",
     "segments_in",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
+from zlib import adler32, crc32
 
 from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
@@ -17,7 +17,7 @@ DAMAGED_SUFFIX = ".damaged"  # a writer's folder of which something could not be
 
 
 class Found(NamedTuple):
-    """A segment as it lies in a file. `points` are (end, count, crc) of its marks, by end."""
+    """A segment as it lies in a file. `points` are (end, count, checksum) of its marks, by end."""
 
     path: Path
     base: int
@@ -25,7 +25,7 @@ class Found(NamedTuple):
     first: int
     data: bytes  # the whole slot
     start: int
-    head: tuple[int, int]  # (end, crc)
+    head: tuple[int, int]  # (end, checksum)
     points: list[tuple[int, int, int]]
 
 
@@ -107,7 +107,7 @@ def _read_header(path: Path, base: int, slot: bytes) -> Found:
         raise LogDamaged("the segment's header fails its checksum")
     head = HEAD.unpack_from(slot, 0)[0]
     marks = (MARK.unpack_from(slot, RING_AT + i * MARK.size) for i in range(ring))
-    points = sorted({(end, count, crc) for end, count, crc in marks if start < end <= len(slot)})
+    points = sorted({(end, count, sum_) for end, count, sum_ in marks if start < end <= len(slot)})
     stream = Stream(subject.decode(), writer)
     return Found(path, base, stream, first, slot, start, (head & 0xFFFFFFFF, head >> 32), points)
 
@@ -122,8 +122,8 @@ def recover(segment: Found, logged: bytes, logged_count: int) -> Recovered:
     if data[start:done] != logged:
         raise LogDamaged(f"{segment.stream}: journal and log differ between sequences {segment.first} and "
                          f"{segment.first + logged_count - 1}")  # fmt: skip
-    end, crc = segment.head
-    if start <= end <= len(data) and crc32(data[start:end]) == crc:
+    end, check = segment.head
+    if start <= end <= len(data) and adler32(data[start:end]) == check:
         return _found(segment, logged_count, done, end, _count(segment, end), None)
     vouched = _vouched_end(segment, done)
     count = _count(segment, vouched) if vouched > done else logged_count
@@ -150,14 +150,13 @@ def _count(segment: Found, end: int) -> int:
 
 
 def _vouched_end(segment: Found, done: int) -> int:
-    """The furthest mark that can be reached from what the log holds over stretches whose CRC is right."""
-    data, vouched, crc = segment.data, done, crc32(segment.data[segment.start : done])
-    # A damaged byte that the log's copy makes good again would spoil every later CRC; each mark can be a new base.
+    """The furthest mark that can be reached from what the log holds over stretches whose checksum is right."""
+    data, vouched, so_far = segment.data, done, adler32(segment.data[segment.start : done])
     for end, _, check in segment.points:
         if end <= vouched:
-            crc = check if end == vouched else crc
-        elif crc32(data[vouched:end], crc) == check:
-            vouched, crc = end, check
+            so_far = check if end == vouched else so_far
+        elif adler32(data[vouched:end], so_far) == check:
+            vouched, so_far = end, check
         else:
             break
     return vouched

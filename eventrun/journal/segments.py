@@ -8,9 +8,12 @@ them, and no system call is made. One journal per stream, so its bytes are the p
 
     segment   u64 head | magic | u64 writer | u64 first sequence | u32 start | u32 slots of the ring | u32 CRC of the
               fields from magic to subject without the ring | u16 length of subject | ring of marks | subject | items
-    head      crc32 << 32 | end, in native byte order: one 8-byte store made after the items are copied.
+    head      adler32 of the items << 32 | end, in native byte order: one 8-byte store made after the copy.
               What lies beyond `end` is an event whose call had not returned.
-    mark      u64 end | u64 count | u64 crc32: one per 64 KiB and one per batch taken
+    mark      u64 end | u64 count | u64 adler32: one per 64 KiB and one per batch taken
+
+Adler-32 and not CRC-32, because it is worked out at each call, of few bytes: 60 ns against 165 (zlib 1.2.13). It
+notices each changed byte as well, and the log's batches have a CRC-32 of their own.
 
 `end` counts from the start of the slot. Small segments share a file because an mmap keeps a descriptor of its own
 (before Python 3.13): a file per stream ends at `ulimit -n`.
@@ -41,6 +44,7 @@ MAPPED_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs"})  # keep
 
 MAGIC = b"evrnjrn" + (b"\x01" if sys.byteorder == "little" else b"\x81")
 FIXED = struct.Struct("=8sQQIIIH")  # from offset 8
+NO_ITEMS = 1  # the Adler-32 of nothing
 MARK = struct.Struct("=QQQ")
 RING_AT = 8 + FIXED.size + 2  # 48: aligned to 8
 HEAD = struct.Struct("=Q")
@@ -49,7 +53,7 @@ HEAD = struct.Struct("=Q")
 class Segment:
     """A stretch of one stream in one buffer: a slot of a mapped arena, memory with a file behind it, or memory."""
 
-    __slots__ = ("base", "buffer", "count", "crc", "cuts", "end", "first", "head", "last", "place", "ring",
+    __slots__ = ("base", "buffer", "check", "count", "cuts", "end", "first", "head", "last", "place", "ring",
                  "size", "start", "taken", "taken_count", "turns", "written")  # fmt: skip
 
     def __init__(self, buffer: memoryview, base: int, size: int, place: Slot | WrittenFile | None) -> None:
@@ -67,7 +71,8 @@ class Segment:
         self.ring, self.start = layout(self.size, len(subject))
         self.first = first
         self.end = self.taken = self.last = self.start
-        self.count = self.taken_count = self.crc = 0
+        self.count = self.taken_count = 0
+        self.check = NO_ITEMS
         self.cuts: deque[tuple[int, int, int]] = deque()  # (end, count, start of last item): where batches may end
         fields = (MAGIC, stream.writer, first, self.start, self.ring)
         check = crc32(subject, crc32(FIXED.pack(*fields, 0, len(subject))))
@@ -76,12 +81,12 @@ class Segment:
         self.buffer[base + 8 : base + 8 + FIXED.size] = FIXED.pack(*fields, check, len(subject))
         at = base + RING_AT + self.ring * MARK.size
         self.buffer[at : at + len(subject)] = subject
-        self.head[0] = self.start
+        self.head[0] = NO_ITEMS << 32 | self.start
 
-    def mark(self, end: int, count: int, crc: int) -> None:
-        """Note that the items up to `end` have this CRC."""
+    def mark(self, end: int, count: int, check: int) -> None:
+        """Note that the items up to `end` have this checksum."""
         at = self.base + RING_AT + (self.turns % self.ring) * MARK.size
-        self.buffer[at : at + MARK.size] = MARK.pack(end, count, crc)
+        self.buffer[at : at + MARK.size] = MARK.pack(end, count, check)
         self.turns += 1
 
 

@@ -69,6 +69,7 @@ class About(Struct, array_like=True, gc=False):
     outputs: list[Plain] = []
 
     def apply(self, time_ns: int, event: Told) -> None:
+        """Take in the next event."""
         match event:
             case DescriptionSet():
                 self.description = event.description

@@ -50,6 +50,7 @@ class ChronoFold(Struct, array_like=True, gc=False):
             self.aggregator.extend(since)  # type: ignore[arg-type]
 
     def state(self) -> ChronoState:
+        """Give the state to read."""
         moments = self.moments
         return ChronoState(
             self.finished, moments.total, moments.mean, moments.min, moments.max, moments.sd,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from eventrun.codec import StoredEvent, Stream
 from eventrun.events import Event
+
+E = TypeVar("E")
 
 
 class Slice(NamedTuple):
@@ -17,39 +19,38 @@ class Slice(NamedTuple):
     first: int
     items: list[tuple[int, Event]]
 
+    def at(self, place: int) -> StoredEvent:
+        """Return the event at this place as it lies in the log."""
+        time_ns, event = self.items[place]
+        return StoredEvent(self.position + place, self.stream, self.first + place, time_ns, event)
 
-class Rows(NamedTuple):
-    """Stored events as columns, one place per event in each."""
 
-    positions: list[int]
-    streams: list[Stream]
+class Rows(NamedTuple, Generic[E]):
+    """Events as columns, one place per event in each."""
+
+    writers: list[int]
     sequences: list[int]
     times_ns: list[int]
-    events: list[Event]
+    events: list[E]
 
-    @classmethod
-    def of(cls, slices: Sequence[Slice]) -> Rows:
-        rows = cls([], [], [], [], [])
-        for position, stream, first, items in slices:
-            size = len(items)
-            rows.positions.extend(range(position, position + size))
-            rows.streams.extend([stream] * size)
-            rows.sequences.extend(range(first, first + size))
-            rows.times_ns.extend([time_ns for time_ns, _ in items])
-            rows.events.extend([event for _, event in items])
-        return rows
-
-    @classmethod
-    def one(cls, stored: StoredEvent) -> Rows:
-        """Make the rows of one event."""
-        return cls._make([field] for field in stored)
-
-    def at(self, place: int) -> StoredEvent:
-        """Return the event at this place."""
-        return StoredEvent._make(column[place] for column in self)
-
-    def take(self, places: Sequence[int]) -> Rows:
+    def take(self, places: Sequence[int]) -> Rows[E]:
         """Return the rows at these places, which ascend; all of them are these very rows."""
         if len(places) == len(self.events):
             return self
-        return Rows._make([column[place] for place in places] for column in self)
+        return Rows(
+            [self.writers[place] for place in places],
+            [self.sequences[place] for place in places],
+            [self.times_ns[place] for place in places],
+            [self.events[place] for place in places],
+        )
+
+
+def rows_of(slices: Sequence[Slice]) -> Rows[Event]:
+    """Put the events of these slices into columns."""
+    rows: Rows[Event] = Rows([], [], [], [])
+    for _, stream, first, items in slices:
+        rows.writers.extend([stream.writer] * len(items))
+        rows.sequences.extend(range(first, first + len(items)))
+        rows.times_ns.extend([time_ns for time_ns, _ in items])
+        rows.events.extend([event for _, event in items])
+    return rows

@@ -74,10 +74,12 @@ class Writer(Struct, array_like=True, gc=False):
     ended_why: str | None = None
 
     def begin(self, time_ns: int) -> None:
+        """Note that it has begun to run, once more perhaps."""
         self.begun_ns, self.error = time_ns, None
         self.said = Statement(time_ns, RUNNING, RUNNING, False)
 
     def say(self, time_ns: int, event: TrialFinished | StatusChanged) -> None:
+        """Note a status that it set, or its finish."""
         finish = isinstance(event, TrialFinished)
         # What has finished runs no more, whatever its word.
         unknown = RUNNING if not finish else COMPLETED if event.error is None else FAILED
@@ -87,6 +89,7 @@ class Writer(Struct, array_like=True, gc=False):
             self.error = event.error
 
     def end(self, event: WriterEnded) -> None:
+        """Note that somebody else noticed its end."""
         if self.ended_ns is None or event.noticed_ns >= self.ended_ns:
             self.ended_ns, self.ended_why = event.noticed_ns, event.reason
 
@@ -97,6 +100,7 @@ class Writer(Struct, array_like=True, gc=False):
 
     @property
     def finished(self) -> bool:
+        """The last thing it said was a finish."""
         return self.said is not None and self.said.final
 
 

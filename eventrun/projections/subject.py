@@ -38,7 +38,7 @@ from eventrun.events import (
 from eventrun.projections.about import About, Chart, Note, Told, to_plain
 from eventrun.projections.metric import Number
 from eventrun.projections.params import leaves
-from eventrun.projections.rows import Rows, Slice
+from eventrun.projections.rows import Slice
 from eventrun.projections.trial import TrialState
 
 VARYING_VALUES = 50  # distinct values shown per param; the smallest are kept
@@ -90,9 +90,9 @@ class SubjectFold(Struct, array_like=True, gc=False):
 
     def fold(self, slices: Sequence[Slice]) -> None:
         """Take in slices in the order of the log. Such events are few: one at a time is quick enough."""
-        rows = Rows.of(slices)
-        for place in range(len(rows.events)):
-            self.apply(rows.at(place))
+        for part in slices:
+            for place in range(len(part.items)):
+                self.apply(part.at(place))
 
     def encode(self) -> bytes:
         """Write the state as msgpack: equal bytes for equal events, however they were grouped."""

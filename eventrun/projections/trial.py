@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -38,7 +37,7 @@ from eventrun.projections.about import About, Chart, Note, Table, Told, to_plain
 from eventrun.projections.chrono import ChronoFold, ChronoState
 from eventrun.projections.metric import MetricFold, MetricState, Points, observe_calls
 from eventrun.projections.params import ParamSource, merged, remember
-from eventrun.projections.rows import Rows, Slice
+from eventrun.projections.rows import Rows, Slice, rows_of
 from eventrun.projections.status import Writer, judge
 
 TRIALS_VERSION = 1  # raise it when a fold changes its meaning or its bytes: every view is then built anew
@@ -183,7 +182,8 @@ def decode_state(data: bytes) -> TrialState:
 
 def apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
     """Take in the next event; changes `trial` and returns it. This is what `fold` means, one event at a time."""
-    _count(trial, Slice(stored.position, stored.stream, stored.sequence, [(stored.time_ns, stored.event)]))
+    part = Slice(stored.position, stored.stream, stored.sequence, [(stored.time_ns, stored.event)])
+    _count(trial, part, _signs_of_life(part))
     return _apply(trial, stored)
 
 
@@ -193,35 +193,41 @@ def fold(trial: TrialFold, slices: Sequence[Slice]) -> dict[str, Points]:
     Changes `trial` in place. Any grouping of the same events gives the same bytes, and the same points in all.
     Metrics, and each chrono, are taken out and folded as columns: no other event changes what they do.
     """
-    for part in slices:
-        _count(trial, part)
-    rows = Rows.of(slices)
-    if set(map(type, rows.events)) == {MetricsLogged}:
-        return _log(trial, rows)
-    calls: list[int] = []
+    rows = rows_of(slices)
+    kinds = list(map(type, rows.events))
+    if kinds.count(MetricsLogged) == len(kinds):
+        end = 0
+        for part in slices:
+            start, end = end, end + len(part.items)
+            _count(trial, part, rows.times_ns[start:end])
+        return _log(trial, rows)  # type: ignore[arg-type]
     chronos: dict[str, list[ChronoStarted | ChronoFinished]] = {}
-    for place, event in enumerate(rows.events):
-        if isinstance(event, MetricsLogged):
-            calls.append(place)
-        elif isinstance(event, (ChronoStarted, ChronoFinished)):
-            chronos.setdefault(event.name, []).append(event)
-        else:
-            _apply(trial, rows.at(place))
+    for part in slices:
+        _count(trial, part, _signs_of_life(part))
+        for place, (_, event) in enumerate(part.items):
+            if isinstance(event, (ChronoStarted, ChronoFinished)):
+                chronos.setdefault(event.name, []).append(event)
+            elif not isinstance(event, MetricsLogged):
+                _apply(trial, part.at(place))
     for name, events in chronos.items():
         _time(trial, name, events)
-    return _log(trial, rows.take(calls)) if calls else {}
+    calls = [place for place, kind in enumerate(kinds) if kind is MetricsLogged]
+    return _log(trial, rows.take(calls))  # type: ignore[arg-type]
 
 
-def _count(trial: TrialFold, part: Slice) -> None:
+def _count(trial: TrialFold, part: Slice, times_ns: list[int]) -> None:
     trial.events += len(part.items)
     trial.position = part.position + len(part.items) - 1
-    # A writer's end is noticed by another, perhaps days later; it is no sign of life.
-    times = [time_ns for time_ns, event in part.items if type(event) is not WriterEnded]
-    if times:
-        last_ns = max(times)
+    if times_ns:
+        last_ns = max(times_ns)
         writer = trial.writer(part.stream.writer)
         writer.last_ns = last_ns if writer.last_ns is None else max(last_ns, writer.last_ns)
         trial.modified_ns = last_ns if trial.modified_ns is None else max(last_ns, trial.modified_ns)
+
+
+def _signs_of_life(part: Slice) -> list[int]:
+    # A writer's end is noticed by another, perhaps days later.
+    return [time_ns for time_ns, event in part.items if not isinstance(event, WriterEnded)]
 
 
 def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
@@ -229,7 +235,7 @@ def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
     event = stored.event
     match event:
         case MetricsLogged():
-            _log(trial, Rows.one(stored))
+            _log(trial, Rows([stored.stream.writer], [stored.sequence], [stored.time_ns], [event]))
             return trial
         case ChronoStarted() | ChronoFinished():
             return _time(trial, event.name, [event])
@@ -252,8 +258,10 @@ def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
             return trial
 
 
-def _log(trial: TrialFold, rows: Rows) -> dict[str, Points]:
-    trial.late += list(map(attrgetter("late"), rows.events)).count(True)
+def _log(trial: TrialFold, rows: Rows[MetricsLogged]) -> dict[str, Points]:
+    if not rows.events:
+        return {}
+    trial.late += [call.late for call in rows.events].count(True)
     return observe_calls(trial.metrics, rows)
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # imported on first use
 
 SCHEMA_VERSION = 1  # raise it when views.sql or the form of a chunk changes
 BUSY_S = 60.0  # how long SQLite waits for another process by itself
-LOCK_WAIT_S = 60.0  # how long one rebuild waits for another; after that both go on, each to a generation of its own
+LOCK_WAIT_S = (
+    60.0  # how long one rebuild waits for another; after that both go on, each to a generation of its own
+)
 CACHE_BYTES = 32 << 20
 
 _SET_META = "INSERT INTO meta (name, value) VALUES (?, ?)"
@@ -38,8 +40,10 @@ class Generation(NamedTuple):
     token: str
 
 
-class UnusableView(Exception):  # noqa: N818 - never seen outside: it makes the projector begin a new generation
-    """A stored view belongs to another version, another store or nobody."""
+class UnusableView(Exception):  # never seen outside: views heal
+    """A stored view is of another version or of another log."""
+
+    newer = False  # made by a newer eventrun, which would take ours away again
 
 
 class Place:
@@ -62,8 +66,11 @@ class Place:
         db = _connect(f"{self._file(generation.number).as_uri()}?mode=rw")
         try:
             found = dict(db.execute(_GET_META))
-            if found.get("token") != generation.token or found.get("version") != _version():
-                raise UnusableView(f"views of version {found.get('version')}, not {_version()}")
+            version = found.get("version", "")
+            if found.get("token") != generation.token or version != _version():
+                error = UnusableView(f"views of version {version}, not {_version()}")
+                error.newer = _numbers_in(version) > _numbers_in(_version())
+                raise error
             _set_up(db)
         except BaseException:
             db.close()
@@ -111,7 +118,9 @@ class Place:
         return self.folder.resolve() / f"views-{number}.db"
 
     def _numbers(self) -> list[int]:
-        texts = [file.name.removeprefix("views-").removesuffix(".db") for file in self.folder.glob("views-*.db")]
+        texts = [
+            file.name.removeprefix("views-").removesuffix(".db") for file in self.folder.glob("views-*.db")
+        ]
         return [int(text) for text in texts if text.isdecimal()]
 
     def _remove(self, number: int) -> None:
@@ -129,9 +138,7 @@ class Place:
                 db.close()
             if mode == "delete":
                 file.unlink()
-        except sqlite3.OperationalError:  # in use
-            pass
-        except (sqlite3.DatabaseError, OSError):  # damaged (or not ours): left to whoever looks after the folder
+        except (sqlite3.DatabaseError, OSError):  # in use; or damaged, and then perhaps in use: it stays
             pass
 
     @contextmanager
@@ -175,12 +182,11 @@ def is_busy(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def is_about_place(error: sqlite3.Error) -> bool:
-    """Tell whether an error says that this place can't be written: read-only, full, not to be opened."""
+def is_about_place(error: Exception) -> bool:
+    """Tell whether an error says that the place can't be written: read-only, or full."""
     import sqlite3
 
-    codes = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR)
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
 
 
 def _connect(name: str) -> sqlite3.Connection:
@@ -199,6 +205,10 @@ def _make_tables(db: sqlite3.Connection, token: str) -> None:
 def _set_up(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA synchronous = NORMAL")
     db.execute(f"PRAGMA cache_size = {-CACHE_BYTES // 1024}")
+
+
+def _numbers_in(version: str) -> list[int]:
+    return [int(number) if number.isdecimal() else 0 for number in version.split(".")]
 
 
 def _version() -> str:

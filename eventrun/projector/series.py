@@ -11,20 +11,26 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from contextlib import contextmanager
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 from msgspec import Struct
 
 CHUNK = 1024  # points; see `tools/decisions`: larger ones cost more at each catch-up than they win in reading
-NONE, FLOATS, INTS, BOOLS, RANGE, MIXED = "n", "d", "q", "b", "r", "m"
 Kind = Literal["n", "d", "q", "b", "r", "m"]
+NONE: Final = "n"
+FLOATS: Final = "d"
+INTS: Final = "q"
+BOOLS: Final = "b"
+RANGE: Final = "r"
+MIXED: Final = "m"
 
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _BIG_ENDIAN = sys.byteorder == "big"
 
 
-class DamagedView(Exception):  # noqa: N818 - as the errors of eventrun.errors, but never seen outside: views heal
+class DamagedView(Exception):  # never seen outside: views heal
     """A stored view is not what was written."""
 
 
@@ -75,6 +81,15 @@ def without_crc(data: bytes) -> bytes:
     return body
 
 
+@contextmanager
+def undamaged() -> Iterator[None]:
+    """Raise DamagedView for what can't be decoded although its checksum is right."""
+    try:
+        yield
+    except msgspec.DecodeError as error:
+        raise DamagedView(f"a stored value is malformed: {error}") from error
+
+
 def encode_chunk(chunk: Chunk) -> bytes:
     """Write a chunk."""
     return with_crc(_encoder.encode(chunk))
@@ -82,10 +97,8 @@ def encode_chunk(chunk: Chunk) -> bytes:
 
 def decode_chunk(data: bytes) -> Chunk:
     """Read a chunk. Raises DamagedView."""
-    try:
+    with undamaged():
         return _decoder.decode(without_crc(data))
-    except msgspec.DecodeError as error:
-        raise DamagedView(f"a chunk of a series is malformed: {error}") from error
 
 
 def pack(elements: Sequence[Any]) -> Column:
@@ -120,7 +133,7 @@ def _arithmetic(start: int, step: int, count: int) -> Sequence[int]:
 def unpack(column: Column, count: int) -> Sequence[Any]:
     """Give back a column's elements: an array, a range or a list."""
     kind = column.kind
-    if kind == FLOATS or kind == INTS:
+    if kind == "d" or kind == "q":
         return to_array(kind, column.data)
     if kind == RANGE:
         return _arithmetic(column.start, column.step, count)
@@ -148,32 +161,58 @@ def _to_bytes(elements: "array[Any]") -> bytes:
 
 def _longer(column: Column, count: int, elements: Sequence[Any]) -> Column:
     """Pack what `column` holds followed by `elements`; the common cases without unpacking it."""
-    if column.kind == FLOATS and set(map(type, elements)) == {float}:
+    kinds = set(map(type, elements))
+    if column.kind == FLOATS and kinds == {float}:
         return Column(FLOATS, data=column.data + _to_bytes(array("d", elements)))
-    if column.kind == INTS and set(map(type, elements)) == {int}:
+    if column.kind == INTS and kinds == {int}:
         try:
             return Column(INTS, data=column.data + _to_bytes(array("q", elements)))
         except OverflowError:  # beyond int64
             pass
-    if column.kind == NONE and set(map(type, elements)) == {type(None)}:
+    if column.kind == RANGE and kinds == {int} and count > 1:
+        first = column.start + column.step * count
+        if list(elements) == list(_arithmetic(first, column.step, len(elements))):
+            return column
+    if column.kind == NONE and kinds == {type(None)}:
         return column
     return pack([*unpack(column, count), *elements])
 
 
-def extend(chunk: Chunk | None, points: Columns) -> Iterator[Chunk]:
-    """Add points behind an open chunk: yield full chunks, then, when points are left, the open one."""
-    done, total = 0, len(points.values)
-    while done < total:
-        have = chunk.count if chunk is not None else 0
-        end = min(done + CHUNK - have, total)
-        parts = [
-            column if done == 0 and end == total else column[done:end]
-            for column in (points.values, points.steps, points.epochs, points.times_ns, points.sequences)
-        ]
-        if chunk is None:
-            yield Chunk(end - done, *map(pack, parts))
-        else:
-            old = (chunk.values, chunk.steps, chunk.epochs, chunk.times_ns, chunk.sequences)
-            longer = [_longer(column, have, part) for column, part in zip(old, parts, strict=True)]
-            yield Chunk(have + end - done, *longer)
-        chunk, done = None, end
+class Packer:
+    """Packs what metrics of the same log calls share (steps, epochs, times, sequences) once for all of them.
+
+    Columns are known by their identity: keep them alive and unchanged as long as the packer.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[int, int, int], list[tuple[Column | None, Column]]] = {}
+
+    def extend(self, chunk: Chunk | None, points: Columns) -> Iterator[Chunk]:
+        """Add points behind an open chunk: yield full chunks, then, when points are left, the open one."""
+        done, total = 0, len(points.values)
+        while done < total:
+            have = chunk.count if chunk is not None else 0
+            end = min(done + CHUNK - have, total)
+            shared = (points.steps, points.epochs, points.times_ns, points.sequences)
+            values = points.values[done:end]
+            if chunk is None:
+                yield Chunk(
+                    end - done, pack(values), *[self._shared(None, 0, each, done, end) for each in shared]
+                )
+            else:
+                before = (chunk.steps, chunk.epochs, chunk.times_ns, chunk.sequences)
+                columns = [
+                    self._shared(old, have, each, done, end) for old, each in zip(before, shared, strict=True)
+                ]
+                yield Chunk(have + end - done, _longer(chunk.values, have, values), *columns)
+            chunk, done = None, end
+
+    def _shared(self, old: Column | None, have: int, elements: list[Any], start: int, end: int) -> Column:
+        known = self._packed.setdefault((id(elements), start, end), [])
+        for before, packed in known:
+            if before == old:
+                return packed
+        part = elements[start:end]
+        packed = pack(part) if old is None else _longer(old, have, part)
+        known.append((old, packed))
+        return packed

@@ -26,6 +26,7 @@ CREATE TABLE trials (
     status TEXT NOT NULL,
     tags TEXT NOT NULL,
     created_ns INTEGER,
+    events INTEGER NOT NULL,
     position INTEGER NOT NULL,
     state BLOB NOT NULL
 );
@@ -67,7 +68,6 @@ CREATE TABLE chunks (
 -- The own events of groups and projects.
 CREATE TABLE subjects (
     subject TEXT PRIMARY KEY,
-    project TEXT NOT NULL,
     fold BLOB NOT NULL
 );
 

@@ -22,7 +22,7 @@ from eventrun.codec import Batch, Stream
 from eventrun.errors import Closed, StoreUnavailable
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
 from eventrun.stores.sqlite.batches import Appender, end_of, read
-from eventrun.stores.sqlite.connection import Courier, Log, store_error
+from eventrun.stores.sqlite.connection import DURABLE, TO_APPEND, Courier, Log, store_error
 from eventrun.stores.sqlite.mark import Mark
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class SqliteStore:
         self.folder: Path = folder.absolute()  # the process may change its directory before the first call
         _check_path(self.folder, create)
         file = self.folder / "log.db"
-        logs = [Log(file, create), Log(file, create), Log(file, create)]
+        logs = [Log(file, create, TO_APPEND), Log(file, create), Log(file, create, DURABLE)]
         self._writer, self._reader, self._keeper = map(Courier, logs)
         self._appender = Appender(logs[0])
         self._mark = Mark(self.folder / "log.mark")

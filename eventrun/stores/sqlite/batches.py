@@ -20,22 +20,30 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # user_version; also in schema.sql
 MAX_KNOWN_STREAMS = 50_000  # tips kept in memory, about 300 bytes each
-ROWS_PER_INSERT = 1024
+ROWS_PER_STATEMENT = 4096
 
 _Row = tuple[Any, ...]
 
-_ADD_BATCHES = "INSERT INTO batches (position, stream, first, count, frame) VALUES (?, ?, ?, ?, ?)"
-_ADD_STREAMS = "INSERT INTO streams (id, subject, writer) VALUES (?, ?, ?)"
-_LAST_BATCH = "SELECT position, count FROM batches ORDER BY position DESC LIMIT 1"
-_LAST_STREAM = "SELECT coalesce(max(id), 0) FROM streams"
+# {rows} stands for as many (?, ?, ...) as there are rows; the last ones may be all NULL.
+_ADD_BATCHES = """
+    INSERT INTO batches (position, stream, first, count, frame)
+    SELECT * FROM (VALUES {rows}) WHERE column1 IS NOT NULL
+"""
+_ADD_STREAMS = """
+    INSERT INTO streams (id, subject, writer)
+    SELECT * FROM (VALUES {rows}) WHERE column1 IS NOT NULL
+"""
 # A header, and so all that a digest is made of, has at most 65,541 bytes.
-_WANTED = "WITH wanted (subject, writer) AS (VALUES (?, ?)"
-_TIPS = """)
+_TIPS = """
+    WITH wanted (subject, writer) AS (VALUES {rows})
     SELECT id, streams.subject, streams.writer, first, count, substr(frame, 1, 65541)
     FROM wanted
     JOIN streams ON streams.subject = wanted.subject AND streams.writer = wanted.writer
     LEFT JOIN batches ON position = (SELECT max(position) FROM batches WHERE stream = id)
 """
+_LAST_STREAM = "SELECT coalesce(max(id), 0) FROM streams"
+_LAST_BATCH = "SELECT position, count FROM batches ORDER BY position DESC LIMIT 1"
+_STREAMS_AFTER = "SELECT group_concat(DISTINCT stream) FROM batches WHERE position > ?"
 _BACK_FROM_TIP = "SELECT first, frame FROM batches WHERE stream = ? ORDER BY position DESC"
 _STREAMS_OF_SUBJECT = "SELECT id FROM streams WHERE subject = ?"
 # IS NOT TRUE: a damaged count, which compares as NULL, must not hide the row.
@@ -57,31 +65,29 @@ _READ_STREAM = """
 _TOUCH = f"PRAGMA user_version = {FORMAT}"
 
 
-def _chunks(values: Sequence[_Row], most: int) -> Iterator[Sequence[_Row]]:
-    """Cut into pieces of 2**n rows: few different statements, which sqlite3 then keeps compiled."""
-    start = 0
-    while start < len(values):
-        size = min(most, 1 << ((len(values) - start).bit_length() - 1))
-        yield values[start : start + size]
-        start += size
-
-
-def _most_rows(raw: sqlite3.Connection, columns: int) -> int:
+def _with_rows(raw: sqlite3.Connection, sql: str, rows: Sequence[_Row]) -> Iterator[_Row]:
+    """Run a statement with {rows} for all rows at once, and return what it returns."""
     import sqlite3
 
-    variables = raw.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)  # 999 before SQLite 3.32
-    return min(ROWS_PER_INSERT, 1 << ((variables // columns).bit_length() - 1))
+    # Never executemany: sqlite3 gives up the interpreter's lock at each row, and beside a busy thread gets it back
+    # only 5 ms later. For the same reason the statement is filled up to 2**n rows: there are few of them to keep
+    # compiled, and one does it (1,000 rows beside a busy thread: 15 ms, in pieces of 190 rows 38 ms, tried).
+    start = 0
+    while start < len(rows):
+        columns = len(rows[0])
+        variables = raw.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)  # 999 before SQLite 3.32
+        most = min(ROWS_PER_STATEMENT, 1 << ((variables // columns).bit_length() - 1))
+        part = rows[start : start + most]
+        size = 1 << (len(part) - 1).bit_length()
+        row = f"({', '.join('?' * columns)})"
+        cells = [cell for each in part for cell in each] + [None] * (columns * (size - len(part)))
+        yield from raw.execute(sql.replace("{rows}", ", ".join([row] * size)), cells)
+        start += most
 
 
-def _insert(raw: sqlite3.Connection, one_row: str, rows: Sequence[_Row]) -> None:
-    # Never executemany: sqlite3 gives up the interpreter's lock at each row and may wait 5 ms to get it back.
-    if not rows:
-        return
-    values = one_row[one_row.index("(?") :]
-    for chunk in _chunks(rows, _most_rows(raw, len(rows[0]))):
-        raw.execute(
-            ", ".join([one_row, *[values] * (len(chunk) - 1)]), [cell for row in chunk for cell in row]
-        )
+def _insert(raw: sqlite3.Connection, sql: str, rows: Sequence[_Row]) -> None:
+    for _ in _with_rows(raw, sql, rows):
+        pass
 
 
 def _signed(writer: int) -> int:
@@ -122,7 +128,7 @@ class Appender:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._end = 0
-        # Right as long as the log ends at self._end: it only grows, so that any other process's append shows there.
+        # Right as long as the log ends at self._end: it only grows, so another process's append shows there.
         self._known: dict[Stream, tuple[int, Tip]] = {}  # id in the table streams, end
 
     def append(
@@ -132,15 +138,16 @@ class Appender:
         self._log.check_writable()
         with _transaction(raw):
             end = self._catch_up(raw)
-            tips = self._find(raw, {*expected, *(batch.header.stream for batch in batches)})
+            pairs = [(batch.header.stream, batch) for batch in batches]
+            tips = self._find(raw, {*expected, *(stream for stream, _ in pairs)})
             for stream, sequence in expected.items():
                 check_expected(stream, sequence, tips[stream][1])
-            fresh, repeated = _divide(batches, tips)
-            _add_streams(raw, dict.fromkeys(batch.header.stream for batch in fresh), tips)
+            fresh, repeated = _divide(pairs, tips)
+            _add_streams(raw, dict.fromkeys(stream for stream, _ in fresh), tips)
             rows = []
-            for batch in fresh:
+            for stream, batch in fresh:
                 header = batch.header
-                rows.append((end + 1, tips[header.stream][0], header.first, header.count, batch.frame))
+                rows.append((end + 1, tips[stream][0], header.first, header.count, batch.frame))
                 end += header.count
             _insert(raw, _ADD_BATCHES, rows)
             _check_all_repeated(raw, repeated, tips)
@@ -162,9 +169,14 @@ class Appender:
 
     def _catch_up(self, raw: sqlite3.Connection) -> int:
         end = end_of(raw)
-        if end != self._end:
-            self._known.clear()
-            self._end = end
+        if end != self._end and self._known:
+            # Others have appended. Mostly to streams of their own, so what is known of the rest stays right.
+            (text,) = raw.execute(_STREAMS_AFTER, (self._end,)).fetchone()
+            changed = {int(number) for number in text.split(",")} if text else None
+            self._known = {
+                stream: known for stream, known in self._known.items() if changed and known[0] not in changed
+            }
+        self._end = end
         return end
 
     def _find(self, raw: sqlite3.Connection, streams: Iterable[Stream]) -> dict[Stream, tuple[int, Tip]]:
@@ -172,12 +184,9 @@ class Appender:
         asked = [
             (stream.subject, _signed(stream.writer)) for stream, known in found.items() if known is _UNKNOWN
         ]
-        for chunk in _chunks(asked, _most_rows(raw, 2)):
-            sql = ", ".join([_WANTED, *["(?, ?)"] * (len(chunk) - 1)]) + _TIPS
-            rows = raw.execute(sql, [cell for row in chunk for cell in row])
-            for number, subject, writer, first, count, frame in rows:
-                stream = Stream(subject, _unsigned(writer))
-                found[stream] = (number, _tip(stream, first, count, frame))
+        for number, subject, writer, first, count, frame in _with_rows(raw, _TIPS, asked):
+            stream = Stream(subject, _unsigned(writer))
+            found[stream] = (number, _tip(stream, first, count, frame))
         return found
 
 
@@ -195,17 +204,20 @@ def _tip(stream: Stream, first: Any, count: Any, frame: Any) -> Tip:
     return Tip(header.last, digest(batch))
 
 
-def _divide(batches: Iterable[Batch], tips: dict[Stream, tuple[int, Tip]]) -> tuple[list[Batch], list[Batch]]:
+_Pairs = list[tuple[Stream, Batch]]
+
+
+def _divide(pairs: _Pairs, tips: dict[Stream, tuple[int, Tip]]) -> tuple[_Pairs, _Pairs]:
     """Tell new batches from those that the log seems to hold, and move `tips` on."""
     fresh, repeated = [], []
-    for batch in batches:
-        stream = batch.header.stream
+    for pair in pairs:
+        stream, batch = pair
         number, tip = tips[stream]
         if fits(batch, tip):
-            fresh.append(batch)
+            fresh.append(pair)
             tips[stream] = (number, Tip(batch.header.last, digest(batch)))
         else:
-            repeated.append(batch)
+            repeated.append(pair)
     return fresh, repeated
 
 
@@ -223,11 +235,11 @@ def _add_streams(
 
 
 def _check_all_repeated(
-    raw: sqlite3.Connection, repeated: Sequence[Batch], tips: Mapping[Stream, tuple[int, Tip]]
+    raw: sqlite3.Connection, repeated: _Pairs, tips: Mapping[Stream, tuple[int, Tip]]
 ) -> None:
     by_stream: dict[Stream, list[Batch]] = {}
-    for batch in repeated:
-        by_stream.setdefault(batch.header.stream, []).append(batch)
+    for stream, batch in repeated:
+        by_stream.setdefault(stream, []).append(batch)
     for stream, some in by_stream.items():
         lowest = min(batch.header.first for batch in some)
         firsts = {batch.header.first for batch in some}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,21 @@ BUSY_S = 10.0  # how long to wait while another process holds the log
 WAL_BYTES = 64 << 20  # where a commit itself checkpoints, because nobody called settle()
 CACHE_BYTES = 16 << 20  # with 1,000 streams a commit touches 1,000 index pages
 
+# As few as can be: beside a busy thread each may take 10 ms.
+DURABLE = ["PRAGMA synchronous = FULL"]
+if sys.platform == "darwin":  # a plain fsync stops at the disk's cache
+    DURABLE += ["PRAGMA fullfsync = 1", "PRAGMA checkpoint_fullfsync = 1"]
+TO_APPEND = [
+    *DURABLE,
+    f"PRAGMA cache_size = {-CACHE_BYTES // 1024}",
+    f"PRAGMA wal_autocheckpoint = {WAL_BYTES // 4096}",  # in pages of the default size
+    f"PRAGMA journal_size_limit = {WAL_BYTES}",
+]
+_FORMAT = """
+    SELECT (SELECT count(*) FROM sqlite_master), application_id, user_version
+    FROM pragma_application_id, pragma_user_version
+"""
+
 T = TypeVar("T")
 _inherited: list[object] = []  # kept alive: to close a connection of the parent's may harm its database
 SCHEMA = Path(__file__).with_name("schema.sql")
@@ -30,8 +46,9 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 class Log:
     """The database as one connection sees it, used by one thread; opened by the first job, and after a failure."""
 
-    def __init__(self, file: Path, create: bool) -> None:
+    def __init__(self, file: Path, create: bool, pragmas: Sequence[str] = ()) -> None:
         self.file = file
+        self._pragmas = pragmas
         self.read_only = False
         self._create = create
         self._raw: sqlite3.Connection | None = None
@@ -93,8 +110,8 @@ class Log:
             raw = _connect(self.file, "rwc" if self._create else "rw")
         try:
             self._check_format(raw)
-            if not self.read_only:
-                _set_up(raw)
+            for pragma in self._pragmas:
+                raw.execute(pragma)
         except BaseException:
             raw.close()
             raise
@@ -121,10 +138,7 @@ class Log:
         return _connect(self.file, "ro&immutable=1")
 
     def _check_format(self, raw: sqlite3.Connection) -> None:
-        # The tables are counted first: another process may be making them right now.
-        (tables,) = raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        (application,) = raw.execute("PRAGMA application_id").fetchone()
-        (version,) = raw.execute("PRAGMA user_version").fetchone()
+        tables, application, version = raw.execute(_FORMAT).fetchone()
         if application == version == tables == 0:
             if not self._create or self.read_only:
                 raise StoreUnavailable(
@@ -144,17 +158,6 @@ def _connect(file: Path, mode: str) -> sqlite3.Connection:
     import sqlite3
 
     return sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=BUSY_S, isolation_level=None)
-
-
-def _set_up(raw: sqlite3.Connection) -> None:
-    _use_wal(raw)
-    (page_size,) = raw.execute("PRAGMA page_size").fetchone()
-    raw.execute("PRAGMA synchronous = FULL")
-    raw.execute("PRAGMA fullfsync = 1")  # macOS: a plain fsync stops at the disk's cache
-    raw.execute("PRAGMA checkpoint_fullfsync = 1")
-    raw.execute(f"PRAGMA cache_size = {-CACHE_BYTES // 1024}")
-    raw.execute(f"PRAGMA wal_autocheckpoint = {WAL_BYTES // page_size}")
-    raw.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
 
 
 def _use_wal(raw: sqlite3.Connection) -> None:

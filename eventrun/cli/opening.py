@@ -1,0 +1,95 @@
+"""Open the store that a command line names; those that only read never make one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from eventrun.config import load_settings
+from eventrun.errors import InvalidValue, NotFound, StoreUnavailable
+from eventrun.summary import clean
+
+if TYPE_CHECKING:
+    from eventrun.client import Client
+
+SHORTEST_TIME_NS = 10**15  # a number from here on is nanoseconds since 1970, below it a position
+
+
+class Source(NamedTuple):
+    """An open client, and what to ask: the client itself, or the store as it was at a moment."""
+
+    client: Client
+    reads: Any  # Client or Past, which have the same read methods
+
+
+@contextmanager
+def reading(arguments: argparse.Namespace) -> Iterator[Source]:
+    """Open the store to read. Raises StoreUnavailable when there is none."""
+    with opened(arguments, create=False) as client:
+        moment = arguments.moment
+        yield Source(client, client if moment is None else client.at(**moment))
+
+
+@contextmanager
+def opened(arguments: argparse.Namespace, *, create: bool) -> Iterator[Client]:
+    """Open the store; with `create` it is made where there is none."""
+    import eventrun
+
+    url = store_url(arguments)
+    client = eventrun.open(url, quiet=True, create=create or _was_killed_young(url) or _check_there(url))
+    with client:
+        yield client
+
+
+def store_url(arguments: argparse.Namespace) -> str:
+    """Tell which store a command line means."""
+    url: str = load_settings(url=arguments.store).url
+    return url
+
+
+def store_folder(url: str) -> Path | None:
+    """Return the folder of a store that has one."""
+    path = url.removeprefix("sqlite:")
+    return None if path == "memory:" or "://" in path else Path(path).expanduser()
+
+
+def _was_killed_young(url: str) -> bool:
+    """Tell whether there are journals and no log: a process was killed before its first batch, nothing else."""
+    folder = store_folder(url)
+    if folder is None or (folder / "log.db").exists():
+        return False
+    try:
+        return any(os.scandir(folder / "journals"))
+    except OSError:
+        return False
+
+
+def _check_there(url: str) -> bool:
+    if url == "memory:":
+        raise StoreUnavailable("a store in memory ends with its process, so there is none to read: name a folder")
+    folder = store_folder(url)
+    if folder is not None and (folder.is_dir() or not folder.exists()) and not (folder / "log.db").exists():
+        raise NotFound(
+            f"there is no store in {clean(str(folder))}: nothing was recorded there\n"
+            "to make one: eventrun demo; to name another: eventrun --store PATH ls"
+        )
+    return False
+
+
+def moment(text: str) -> dict[str, int]:
+    """Read a position, or a time: ISO 8601 (of this machine's zone if it names none) or nanoseconds since 1970."""
+    if text.isdecimal() and text.isascii():
+        number = int(text)
+        return {"time": number} if number >= SHORTEST_TIME_NS else {"position": number}
+    try:
+        return {"time": round(datetime.fromisoformat(text).astimezone().timestamp() * 1e6) * 1000}
+    except (ValueError, OverflowError, OSError) as error:
+        raise InvalidValue(
+            f"{text!r} is neither a position nor a time\n"
+            "positions are numbers as in `eventrun events`; times look like 2025-11-21T12:30, or nanoseconds since 1970"
+        ) from error

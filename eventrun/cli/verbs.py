@@ -1,0 +1,184 @@
+"""What can be typed: the verbs, their help and the parsers, made only for the verb that is used."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
+
+STORE_HELP = "the store: a folder, or sqlite:PATH (default: EVENTRUN_URL, else ./runs)"
+TRIAL_HELP = "an id, the beginning of one, a name, or @latest"
+
+
+class Verb(NamedTuple):
+    """A verb in the list: which module holds it, what it does, and command lines to try."""
+
+    module: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+class Command(NamedTuple):
+    """What a module says of its verb: how to add its arguments to a parser, and how to run it (the exit code)."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], Any]
+    run: Callable[[argparse.Namespace], int]
+
+
+SECTIONS: dict[str, dict[str, Verb]] = {
+    "Look": {
+        "ls": Verb(
+            "listing",
+            "list trials, projects or groups",
+            (
+                "eventrun ls --project iris --status failed",
+                "eventrun ls --sort -metrics.val/loss.last --limit 5",
+                "eventrun ls groups --json",
+            ),
+        ),
+        "show": Verb("showing", "show all about one trial", ("eventrun show @latest", "eventrun show rate-0.1 --json")),
+        "history": Verb(
+            "showing",
+            "show the points of one metric",
+            ("eventrun history @latest val/loss", "eventrun history @latest val/loss --points 20"),
+        ),
+        "events": Verb(
+            "watching",
+            "show the events of the log",
+            ("eventrun events --trial @latest --limit 20", "eventrun events --after 1000 --json"),
+        ),
+        "tail": Verb(
+            "watching",
+            "follow the log as it grows",
+            ("eventrun tail", "eventrun tail --after 0 --json | grep StatusChanged"),
+        ),
+        "at": Verb(
+            "past",
+            "go back: ls, show, history or events as of then",
+            ("eventrun at 2025-11-21T12:30 ls", "eventrun at 5000 show rate-0.1"),
+        ),
+    },
+    "Move": {
+        "export": Verb(
+            "moving",
+            "write events or metrics as JSON lines or CSV",
+            ("eventrun export metrics --trial rate-0.1 --out loss.csv", "eventrun export events > events.jsonl"),
+        ),
+        "import": Verb(
+            "moving",
+            "take in events that were exported; twice changes nothing",
+            ("eventrun --store elsewhere import events.jsonl",),
+        ),
+        "backup": Verb("upkeep", "copy the store while it is in use", ("eventrun backup /mnt/backup/runs",)),
+    },
+    "Keep": {
+        "verify": Verb(
+            "upkeep", "read the whole log and check it", ("eventrun verify", "eventrun verify --views --json")
+        ),
+        "rebuild": Verb("upkeep", "make the views anew from the log", ("eventrun rebuild",)),
+        "doctor": Verb("doctor", "tell how the store and this machine are", ("eventrun doctor",)),
+    },
+    "Try": {
+        "demo": Verb(
+            "demo",
+            "train a dozen small networks at once and log them",
+            ("eventrun demo", "eventrun demo --trials 100 --seconds 20 --store /tmp/demo"),
+        ),
+    },
+}
+VERBS: dict[str, Verb] = {name: verb for section in SECTIONS.values() for name, verb in section.items()}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and what to type next in another."""
+
+    def error(self, message: str) -> NoReturn:
+        """Complain and exit with code 2."""
+        self.exit(2, f"{message}\nto see what can be typed: {self.prog} --help\n")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read a command line. `run` in the result is the function to call with it; raises SystemExit as argparse does."""
+    top = _top_parser()
+    chosen = top.parse_args(argv)
+    if chosen.verb is None:
+        top.print_help()
+        top.exit(0 if not argv else 2)
+    arguments = parse_verb(chosen.verb, chosen.rest, top)
+    if chosen.store is not None and arguments.store is None:
+        arguments.store = chosen.store
+    return arguments
+
+
+def parse_verb(name: str, rest: Sequence[str], parent: argparse.ArgumentParser) -> argparse.Namespace:
+    """Read what stands after a verb."""
+    if name not in VERBS:
+        parent.error(f"there is no verb {name!r}{_meant(name)}")
+    parser, command = verb_parser(name, parent.prog)
+    arguments = parser.parse_args(rest)
+    arguments.run = command.run
+    arguments.parser = parser
+    return arguments
+
+
+def verb_parser(name: str, prog: str = "eventrun") -> tuple[argparse.ArgumentParser, Command]:
+    """Make the parser of one verb, which imports its module."""
+    verb = VERBS[name]
+    command: Command = import_module(f"eventrun.cli.{verb.module}").COMMANDS[name]
+    shown = "\n".join(f"  {example}" for example in verb.examples)
+    parser = Parser(
+        prog=f"{prog} {name}",
+        description=f"{verb.summary[0].upper()}{verb.summary[1:]}.",
+        epilog=f"example{'s' if len(verb.examples) > 1 else ''}:\n{shown}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--store", metavar="URL", help=STORE_HELP)
+    parser.set_defaults(moment=None)
+    command.add_arguments(parser)
+    return parser, command
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="eventrun",
+        usage="eventrun [--store URL] VERB ...",
+        description="Look at, move and keep what eventrun has logged.",
+        epilog=_list_of_verbs(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--store", metavar="URL", help=STORE_HELP)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _list_of_verbs() -> str:
+    lines = []
+    for title, verbs in SECTIONS.items():
+        lines += [f"{title}:", *(f"  {name:<12}{verb.summary}" for name, verb in verbs.items()), ""]
+    lines += [
+        f"A TRIAL is {TRIAL_HELP}. With --json the verbs that read print JSON.",
+        "To see a verb's options and an example: eventrun VERB --help",
+    ]
+    return "\n".join(lines)
+
+
+def _meant(name: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, VERBS, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for: importlib.metadata takes 20 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"eventrun {version('eventrun')}")
+        parser.exit()
