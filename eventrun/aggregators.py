@@ -338,8 +338,9 @@ def _integer_sums(integers: Sequence[Any], exponent: int) -> tuple[_Dyadic, _Dya
 
 def _common_power(xs: Sequence[float], low: float, high: float) -> int | None:
     """Return an `up` for which each x * 2.0**up is an integer; None if that would be beyond all doubles."""
-    smallest = low if low > 0 else -high if high < 0 else min(filter(None, map(abs, xs)), default=1.0)
-    up = min(53 - frexp(smallest)[1], 1074)  # the last bit of a double counts 2**-1074 or more
+    smallest = low if low > 0 else -high if high < 0 else min(map(abs, xs))
+    smallest = smallest or min(filter(None, map(abs, xs)), default=1.0)
+    up = 53 - frexp(smallest)[1]  # brings the last bit of the smallest, which has 53 at most, to 1
     return up if up < 1024 and frexp(max(-low, high))[1] + up <= 1024 else None
 
 

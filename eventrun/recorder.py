@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from eventrun.clock import time_ns
-from eventrun.codec import METRICS_TAG, NO_DIGEST, Batch, Stream, digest, encode, seal
+from eventrun.codec import NO_DIGEST, Batch, Stream, digest, encode, seal
 from eventrun.errors import Closed, StoreError, StoreUnavailable
-from eventrun.events import Event, Scalar, Step
-from eventrun.journal import Chunk, Journal, JournalFolder, StreamMoved, can_map, new_journal
+from eventrun.events import Event
+from eventrun.journal import Chunk, Journal, JournalFolder, can_map, new_journal
 from eventrun.pending import Pending
 from eventrun.portal import Portal
 from eventrun.recovery import RecoveryReport, recover_dead_writers
@@ -66,24 +66,10 @@ class _Sealed(NamedTuple):
     journal: Journal
 
 
-class _Unopened:
-    """Stands where a journal will be: its first append opens one."""
-
-    has_new = False
-    closed = True
-    next_sequence = 0
-
-    def append(self, data: bytes) -> None:
-        raise StreamMoved
-
-
-_UNOPENED = _Unopened()
-
-
 class Recording:
     """One subject's stream by this writer. `record` is safe on any thread and never waits."""
 
-    __slots__ = ("__weakref__", "_recorder", "digest", "durable", "ended", "journal", "next", "subject")
+    __slots__ = ("_recorder", "append", "digest", "durable", "ended", "journal", "next", "subject")
 
     def __init__(self, recorder: Recorder, subject: str) -> None:
         self._recorder = recorder
@@ -92,7 +78,9 @@ class Recording:
 
     def renew(self) -> None:
         """Begin anew, as another writer's stream."""
-        self.journal: Journal | _Unopened = _UNOPENED
+        self.journal: Journal | None = None
+        # Keeps an encoded item: the journal's own `append`, so that no call lies between it and the log call.
+        self.append: Callable[[bytes], None] = self.reopen
         self.next = 1  # the sequence that a new journal begins with
         self.durable = 0  # the last sequence that the log holds
         self.digest = NO_DIGEST  # of the last batch sealed
@@ -100,28 +88,17 @@ class Recording:
 
     def record(self, event: Event) -> None:
         """Date, encode and keep one event."""
-        self.keep(encode((time_ns(), event)))
+        self.append(encode((time_ns(), event)))
 
-    def record_metrics(self, values: dict[str, Scalar], step: Step) -> None:
-        """Record MetricsLogged(values, step), whose other fields have their defaults: the frequent case."""
-        item = encode((time_ns(), (METRICS_TAG, values, step)))
-        try:
-            self.journal.append(item)
-        except StreamMoved:
-            self._recorder.reopen(self, item)
-
-    def keep(self, item: bytes) -> None:
-        """Keep an encoded event."""
-        try:
-            self.journal.append(item)
-        except StreamMoved:
-            self._recorder.reopen(self, item)
+    def reopen(self, item: bytes) -> None:
+        """Keep an item that found no journal, in a new one."""
+        self._recorder.open_journal(self).append(item)
 
     @property
     def recorded(self) -> int:
         """How many events this stream has, the last sequence."""
         journal = self.journal
-        return (self.next if journal.closed else journal.next_sequence) - 1
+        return (self.next if journal is None or journal.closed else journal.next_sequence) - 1
 
 
 class Recorder:
@@ -175,16 +152,22 @@ class Recorder:
                 recording = self._recordings[subject] = Recording(self, subject)
             return recording
 
-    def reopen(self, recording: Recording, item: bytes) -> None:
-        """Give a stream a journal, and append an item that found none."""
+    def open_journal(self, recording: Recording) -> Journal:
+        """Give a stream a journal, unless another thread has just done so."""
         with self._lock:
             if self._closed:
                 raise Closed("the client was closed before this call; open another with eventrun.open(...)")
-            if recording.journal.closed:
-                self._open_journal(recording)
-        recording.journal.append(item)
+            journal = recording.journal
+            if journal is None or journal.closed:
+                journal = recording.journal = self._new_journal(recording)
+                recording.append = journal.append
+                recording.ended = False
+                self._live[recording.subject] = recording
+            if self._flusher is None:
+                self._flusher = self.portal.call(self._flush_for_ever)
+            return journal
 
-    def _open_journal(self, recording: Recording) -> None:
+    def _new_journal(self, recording: Recording) -> Journal:
         if self._folder is None:
             path = None if self._journals is None else self._journals / f"{self.writer:016x}"
             self._folder = JournalFolder(path, mapped=self._mapped)
@@ -192,12 +175,7 @@ class Recorder:
         segment = self._folder.segment(stream)
         if segment is None:
             raise StoreUnavailable(f"no room for another trial, neither on disk nor in memory: {self._folder.problem}")
-        recording.next = recording.recorded + 1
-        recording.journal = new_journal(self._folder, stream, segment, recording.next)
-        recording.ended = False
-        self._live[recording.subject] = recording
-        if self._flusher is None:
-            self._flusher = self.portal.call(self._flush_for_ever)
+        return new_journal(self._folder, stream, segment, recording.next, recording.reopen)
 
     def end(self, recording: Recording) -> None:
         """Say that a stream is complete: its journal is given back when the log holds it all."""
@@ -240,7 +218,7 @@ class Recorder:
 
     def _open_journals(self) -> list[tuple[Recording, Journal]]:
         live = tuple(self._live.values())
-        return [(r, journal) for r in live if isinstance(journal := r.journal, Journal)]
+        return [(r, journal) for r in live if (journal := r.journal) is not None]
 
     def _seal(self) -> list[_Sealed]:
         left = COMMIT_BYTES
@@ -294,7 +272,8 @@ class Recorder:
         with self._lock:
             if journal.close():
                 recording.next = recording.durable + 1
-                recording.journal = _UNOPENED
+                recording.journal = None
+                recording.append = recording.reopen
                 self._live.pop(recording.subject, None)
 
     # waiting: flush and close ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from datetime import datetime, timezone
 from threading import Lock
@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from eventrun.clock import monotonic_ns, time_ns
-from eventrun.codec import checked_text, metric_values, plain, scalar
+from eventrun.codec import METRICS_TAG, checked_text, encode, metric_values, plain, scalar
 from eventrun.errors import AlreadyFinished, InvalidType, InvalidValue
 from eventrun.events import (
     AggregatorChoice,
@@ -52,9 +52,9 @@ _active: ContextVar[Trial | None] = ContextVar("eventrun_trial", default=None)
 class Recording(Protocol):
     """What a trial needs of its stream."""
 
-    def record(self, event: Event) -> None: ...
+    append: Callable[[bytes], None]
 
-    def record_metrics(self, values: dict[str, Scalar], step: Step) -> None: ...
+    def record(self, event: Event) -> None: ...
 
 
 class Owner(Protocol):
@@ -84,7 +84,7 @@ class Trial:
         self.resumed = resumed
         self._owner = owner
         self._record = recording.record
-        self._record_metrics = recording.record_metrics
+        self._recording = recording
         self._lock = Lock()
         self._started = False
         self._finished: tuple[str, int] | None = None  # the status and when
@@ -121,7 +121,8 @@ class Trial:
             else:
                 if named and type(step) in _STEPS:
                     try:
-                        self._record_metrics(named, step)
+                        # The bytes of MetricsLogged(named, step), whose other fields have their defaults.
+                        self._recording.append(encode((time_ns(), (METRICS_TAG, named, step))))
                         return
                     except (OverflowError, UnicodeEncodeError):  # a huge int or a lone surrogate: found by name below
                         pass

@@ -214,6 +214,16 @@ def test_numpy_is_used() -> None:
         assert aggregators._numpy_part(xs) is None
 
 
+@pytest.mark.parametrize("exponent", [*range(960, 980), 1022, 1023])
+def test_spread_at_the_bounds_of_doubles(exponent: int) -> None:
+    """Where bringing all numbers to integers would just leave the range of doubles, sums stay exact."""
+    for xs in ([1.75 * 2.0**exponent, 1.25, -1.5] * 4, [1.75 * 2.0**-exponent, 1.25, -1.5] * 4):
+        single = Moments()
+        for x in xs:
+            single.observe(x)
+        assert encoded(moments([*xs])) == encoded(single)
+
+
 def test_large_ints_are_exact() -> None:
     """Ints above 2**53 are summed and compared as ints, alone and among floats."""
     xs: list[Number] = [2**53 + 1, 2**64 - 1, -(2**63), 2**53 + 3] * 5

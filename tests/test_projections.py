@@ -132,7 +132,10 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(ev.GroupCreated, TEXTS, TEXTS),
 )
 WRITERS = st.sampled_from([A, A, A, B, CLAIMS])
-LOGS = st.lists(st.tuples(WRITERS, TIMES, EVENTS), max_size=30).map(stored)
+ALIKE = st.builds(MetricsLogged, st.fixed_dictionaries({"a": SCALARS, "b": SCALARS}), STEPS, STEPS)
+LOGS = st.one_of(
+    [st.lists(st.tuples(WRITERS, TIMES, kind), max_size=30).map(stored) for kind in (EVENTS, CALLS, ALIKE)]
+)
 
 
 def grouped(log: Sequence[StoredEvent], seed: int) -> Iterator[list[Slice]]:
@@ -568,11 +571,99 @@ def test_subjects_in_any_grouping(log: list[StoredEvent], seed: int) -> None:
 
 
 def trial(name: str, *recorded: Recorded) -> TrialState:
-    return applied([entry for entry in stored(recorded)]).state().__copy__() if not name else _named(name, recorded)
-
-
-def _named(name: str, recorded: Iterable[Recorded]) -> TrialState:
     made = TrialFold.new(name)
-    for entry in stored(recorded):
+    for entry in stored(recorded, f"t/{name}"):
         apply(made, entry)
     return made.state()
+
+
+def test_a_group_in_short() -> None:
+    """Own fields, counts by status, what varies, the best and the last of each metric, and times."""
+    own = subject(ev.GroupCreated("p", "g"), ev.DescriptionSet("why"), ev.TagsAdded({"t": 1}), ev.MetadataSet({"a": {"b": 1}}))
+    one = trial(
+        "one",
+        (A, 10, TrialStarted()),
+        (A, 11, ParamsSet({"lr": 0.1, "opt": {"name": "adam", "eps": 1}})),
+        (A, 12, MetricsLogged({"loss": 3.0, "acc": 0.5})),
+        (A, 20, MetricsLogged({"loss": 1.0})),
+        (A, 21, TrialFinished()),
+    )
+    two = trial(
+        "two",
+        (B, 5, TrialStarted()),
+        (B, 6, ParamsSet({"lr": 0.01, "opt": {"name": "adam", "eps": 1.0}})),
+        (B, 7, MetricsLogged({"loss": 2.0, "note": "text"})),
+        (B, 30, TrialFinished("failed")),
+    )
+    group = group_state(own, "p", "g", [one, two])
+    assert group == group_state(own, "p", "g", iter([two, one]))
+    assert (group.project, group.name, group.description, group.tags, group.metadata) == ("p", "g", "why", {"t": 1}, {"a": {"b": 1}})
+    assert (group.trials, group.by_status) == (2, {"completed": 1, "failed": 1})
+    assert group.params_varying == {"lr": [0.01, 0.1]}
+    assert group.best == {
+        "loss": {"min": Held(1.0, "one"), "max": Held(3.0, "one")},
+        "acc": {"min": Held(0.5, "one"), "max": Held(0.5, "one")},
+    }
+    assert group.last == {"acc": Held(0.5, "one"), "loss": Held(2.0, "two"), "note": Held("text", "two")}
+    assert (group.created_ns, group.modified_ns, group.started_ns, group.finished_ns) == (1, 30, 5, 30)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(group), type=type(group)) == group
+    assert group.to_dict()["best"]["loss"]["min"] == {"value": 1.0, "trial": "one"}
+
+
+def test_a_group_that_runs_has_no_finish() -> None:
+    """While one trial may go on, the group hasn't finished; a lost one doesn't go on."""
+    done = trial("done", (A, 1, TrialStarted()), (A, 2, TrialFinished()))
+    runs = trial("runs", (A, 1, TrialStarted()))
+    lost = trial("lost", (A, 1, TrialStarted()), ended(A, 9))
+    assert group_state(None, "p", "g", [done, runs]).finished_ns is None
+    assert group_state(None, "p", "g", [done, lost]).finished_ns == 2
+
+
+def test_a_group_without_trials() -> None:
+    """A group that was only made, and one of which nothing was told."""
+    empty = group_state(subject(ev.GroupCreated("p", "g")), "p", "g", [])
+    assert (empty.trials, empty.best, empty.created_ns, empty.started_ns, empty.finished_ns) == (0, {}, 1, None, None)
+    assert group_state(None, "p", "g", []).modified_ns is None
+
+
+def test_a_project_in_short() -> None:
+    """A project counts the trials of each group."""
+    trials = [trial(str(n), (A, n, TrialCreated("p", f"g{n % 2}", "n")), (A, n, TrialStarted())) for n in range(5)]
+    project = project_state(subject(ev.ProjectCreated("p"), of="p/p"), "p", reversed(trials))
+    assert (project.groups, project.trials, project.by_status) == ({"g0": 3, "g1": 2}, 5, {"running": 5})
+    assert (project.created_ns, project.started_ns) == (1, 0)
+
+
+def test_what_varies_is_sorted_and_bounded() -> None:
+    """Values of any types sort, equal numbers are one value, and no more than the limit are kept."""
+    values: list[Any] = ["b", 2, None, True, 1.0, math.nan, [1], {}, "a", 1, math.nan]
+    trials = [trial(str(n), (A, n, ParamsSet({"x": value, "n": n % 2}))) for n, value in enumerate(values)]
+    varying = group_state(None, "p", "g", trials).params_varying
+    assert repr(varying) == "{'n': [0, 1], 'x': [None, True, 1.0, 2, nan, 'a', 'b', {}, [1]]}"
+    many = [trial(f"{n:04}", (A, n, ParamsSet({"seed": n}))) for n in range(VARYING_VALUES + 5)]
+    assert group_state(None, "p", "g", many).params_varying == {"seed": list(range(VARYING_VALUES))}
+
+
+# projections of the user's own ----------------------------------------------------------------------------------
+
+
+class Longest(msgspec.Struct):
+    seconds: float = 0.0
+    name: str = ""
+
+
+def longer(state: Longest, entry: StoredEvent) -> Longest:
+    event = entry.event
+    if isinstance(event, ev.ChronoFinished) and event.seconds > state.seconds:
+        return Longest(event.seconds, event.name)
+    return state
+
+
+def test_a_projection_of_ones_own() -> None:
+    """Two functions and a type make a projection; its states are written and read by msgspec."""
+    projection = Projection("longest", 1, Longest, longer, Longest)
+    state = projection.initial()
+    for entry in stored((A, n, ev.ChronoFinished(f"c{n}", seconds)) for n, seconds in enumerate([1.0, 3.0, 2.0])):
+        assert projection.key(entry) == ""
+        state = projection.apply(state, entry)
+    assert projection.decode(projection.encode(state)) == Longest(3.0, "c1")

@@ -41,8 +41,9 @@ def opened(arguments: argparse.Namespace, *, create: bool) -> Iterator[Client]:
     import eventrun
 
     url = store_url(arguments)
-    client = eventrun.open(url, quiet=True, create=create or _was_killed_young(url) or _check_there(url))
-    with client:
+    if not create:
+        _check_there(url)
+    with eventrun.open(url, quiet=True, create=create or _was_killed_young(url)) as client:
         yield client
 
 
@@ -58,6 +59,19 @@ def store_folder(url: str) -> Path | None:
     return None if path == "memory:" or "://" in path else Path(path).expanduser()
 
 
+def _check_there(url: str) -> None:
+    if url == "memory:":
+        raise StoreUnavailable("a store in memory ends with its process, so there is none to read: name a folder")
+    folder = store_folder(url)
+    if folder is None or (folder / "log.db").exists() or _was_killed_young(url):
+        return
+    if folder.is_dir() or not folder.exists():  # a file in its place is told by the store
+        raise NotFound(
+            f"there is no store in {clean(str(folder))}: nothing was recorded there\n"
+            "to make one: eventrun demo; to name another: eventrun --store PATH ls"
+        )
+
+
 def _was_killed_young(url: str) -> bool:
     """Tell whether there are journals and no log: a process was killed before its first batch, nothing else."""
     folder = store_folder(url)
@@ -67,18 +81,6 @@ def _was_killed_young(url: str) -> bool:
         return any(os.scandir(folder / "journals"))
     except OSError:
         return False
-
-
-def _check_there(url: str) -> bool:
-    if url == "memory:":
-        raise StoreUnavailable("a store in memory ends with its process, so there is none to read: name a folder")
-    folder = store_folder(url)
-    if folder is not None and (folder.is_dir() or not folder.exists()) and not (folder / "log.db").exists():
-        raise NotFound(
-            f"there is no store in {clean(str(folder))}: nothing was recorded there\n"
-            "to make one: eventrun demo; to name another: eventrun --store PATH ls"
-        )
-    return False
 
 
 def moment(text: str) -> dict[str, int]:

@@ -101,14 +101,21 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Read a command line. `run` in the result is the function to call with it; raises SystemExit as argparse does."""
     top = _top_parser()
-    chosen = top.parse_args(argv)
-    if chosen.verb is None:
-        top.print_help()
-        top.exit(0 if not argv else 2)
-    arguments = parse_verb(chosen.verb, chosen.rest, top)
-    if chosen.store is not None and arguments.store is None:
+    start = _verb_place(argv)
+    chosen = top.parse_args(argv[:start])
+    if start == len(argv):
+        top.error("a verb is missing, like `eventrun ls`" if argv else "what shall be done? For instance: eventrun ls")
+    arguments = parse_verb(argv[start], argv[start + 1 :], top)
+    if arguments.store is None:
         arguments.store = chosen.store
     return arguments
+
+
+def _verb_place(argv: Sequence[str]) -> int:
+    place = 0
+    while place < len(argv) and argv[place].startswith("-"):
+        place += 2 if argv[place] == "--store" else 1
+    return min(place, len(argv))
 
 
 def parse_verb(name: str, rest: Sequence[str], parent: argparse.ArgumentParser) -> argparse.Namespace:
@@ -116,10 +123,21 @@ def parse_verb(name: str, rest: Sequence[str], parent: argparse.ArgumentParser) 
     if name not in VERBS:
         parent.error(f"there is no verb {name!r}{_meant(name)}")
     parser, command = verb_parser(name, parent.prog)
-    arguments = parser.parse_args(rest)
+    arguments = parser.parse_args(_with_dashes(rest))
     arguments.run = command.run
     arguments.parser = parser
     return arguments
+
+
+def _with_dashes(rest: Sequence[str]) -> list[str]:
+    """Join `--sort -created` into one word, or argparse would take the key for an option."""
+    words: list[str] = []
+    for word in rest:
+        if words and words[-1] == "--sort" and word.startswith("-"):
+            words[-1] = f"--sort={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def verb_parser(name: str, prog: str = "eventrun") -> tuple[argparse.ArgumentParser, Command]:
@@ -151,8 +169,6 @@ def _top_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", metavar="URL", help=STORE_HELP)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
-    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 

@@ -97,9 +97,7 @@ def event_mapping(stored: StoredEvent) -> dict[str, Any]:
     }
 
 
-def import_events(
-    client: Client, lines: Iterable[str | bytes], *, name: str = "input", progress: Progress | None = None
-) -> Imported:
+def import_events(client: Client, lines: Iterable[str | bytes], *, name: str = "input") -> Imported:
     """Append the events of these lines to the log, in their order. Empty lines are passed by.
 
     An event that the store has already (same stream and sequence, equal content) is skipped. A line that is no
@@ -112,8 +110,6 @@ def import_events(
         for number, text in enumerate(lines, 1):
             if text.strip():
                 importer.take(_read(text))
-            if progress is not None and number % REPORT_EVENTS == 0:
-                progress(number)
     except InvalidValue as error:
         importer.append()
         raise InvalidValue(f"{name}, line {number}: {error}") from error

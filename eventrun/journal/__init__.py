@@ -2,7 +2,7 @@
 
 from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, recover, segments_in
 from eventrun.journal.segments import JournalFolder, can_map, remove_folder
-from eventrun.journal.writing import Chunk, Journal, StreamMoved, new_journal
+from eventrun.journal.writing import Chunk, Journal, new_journal
 
 __all__ = [
     "DAMAGED_SUFFIX",
@@ -10,7 +10,6 @@ __all__ = [
     "Journal",
     "JournalFolder",
     "Recovered",
-    "StreamMoved",
     "can_map",
     "dead_writers",
     "new_journal",

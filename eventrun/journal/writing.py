@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 from zlib import adler32
 
@@ -23,14 +24,10 @@ class Chunk(NamedTuple):
     last_ns: int
 
 
-class StreamMoved(Exception):  # noqa: N818 - not an error: says "open a new journal", never leaves the recorder
-    """This journal was closed; the stream goes on in a new one."""
-
-
 class Journal:
     """One stream's events on their way to the log. `append` may be called from any thread; the rest by the flusher.
 
-    After `close`, `append` raises StreamMoved and the caller opens a new journal.
+    After `close`, `append` hands what it gets to `moved`, whose business it is to open a new journal.
 
     `append` takes no lock. It works out what to store, and then, if nobody else stored anything meanwhile, stores it
     by plain assignments. CPython switches threads, delivers signals and runs finalizers only at calls and backward
@@ -40,10 +37,13 @@ class Journal:
     """
 
     __slots__ = ("_base", "_buffer", "_check", "_count", "_end", "_folder", "_full", "_head", "_last", "_limit",
-                 "_next", "_segment", "_turning", "dropped", "stream")  # fmt: skip
+                 "_next", "_segment", "_turning", "dropped", "moved", "stream")  # fmt: skip
 
-    def __init__(self, folder: JournalFolder, stream: Stream, segment: Segment, first: int) -> None:
+    def __init__(
+        self, folder: JournalFolder, stream: Stream, segment: Segment, first: int, moved: Callable[[bytes], None]
+    ) -> None:
         self.stream = stream
+        self.moved = moved
         self.dropped = 0
         self._folder = folder
         # For all but `append`. Reentrant: a finalizer that logs may run while this thread is inside.
@@ -72,15 +72,18 @@ class Journal:
                 self._check = check
                 self._count += 1
                 return
-            if end > self._limit and not self._turn(size):
-                return
+            if end > self._limit:
+                if self._segment is None:
+                    return self.moved(data)
+                if not self._turn(size):
+                    return
 
     def _turn(self, size: int) -> bool:
         """Make room for an item, past a mark or in the next segment; False when there is none: dropped, counted."""
         with self._turning:
             segment, end = self._segment, self._end
-            if segment is None:
-                raise StreamMoved
+            if segment is None:  # closed just now
+                return True
             if end + size <= self._limit:  # another thread has just made room
                 return True
             # Nobody gets past this limit but by `_turn`, so the segment's end stays as it is below - unless a
@@ -263,11 +266,13 @@ class WrittenJournal(LockedJournal):
             self._folder.problem = str(error)
 
 
-def new_journal(folder: JournalFolder, stream: Stream, segment: Segment, first: int) -> Journal:
+def new_journal(
+    folder: JournalFolder, stream: Stream, segment: Segment, first: int, moved: Callable[[bytes], None]
+) -> Journal:
     """Make the journal that this file system and this interpreter need."""
     locked = not getattr(sys, "_is_gil_enabled", lambda: True)()
     kind = WrittenJournal if not folder.mapped else LockedJournal if locked else Journal
-    return kind(folder, stream, segment, first)
+    return kind(folder, stream, segment, first, moved)
 
 
 def _chunk(segment: Segment, end: int, count: int, last: int) -> Chunk:

@@ -23,7 +23,7 @@ from eventrun.codec import ChainChecker, digest
 from eventrun.errors import LogDamaged, NotFound, StoreUnavailable
 from eventrun.events import trial_subject
 from eventrun.projections import Projection
-from eventrun.projector.catchup import SNAPSHOT_EVERY, Folding
+from eventrun.projector.catchup import SNAPSHOT_EVERY, Folding, next_boundary
 from eventrun.projector.custom import get_keys, get_state, project, view_of
 from eventrun.projector.generations import Generation, Place, UnusableView, in_memory, is_about_place, is_busy
 from eventrun.projector.log import EVERYTHING, Cut, Log, Pace, batches, slices
@@ -38,15 +38,17 @@ from eventrun.projector.transactions import (
     set_checkpoint,
     writing,
 )
+from eventrun.projector.verify import VerifyReport
 
 if TYPE_CHECKING:  # imported on first use
     import sqlite3
 
-__all__ = ["Views"]
+__all__ = ["VerifyReport", "Views"]
 
 STINT_EVENTS = 1_000_000  # per transaction: about five seconds, after which others may read it
 GENTLE_STINT_EVENTS = 100_000  # the same in a process that records, which gets on much more slowly
 NUMPY_FROM = 500_000  # events to fold from which loading numpy pays
+NO_SNAPSHOTS = 1 << 62  # a position that no log reaches
 HEALINGS = 2  # the first time views that can't be used are made anew, the second time in memory
 
 T = TypeVar("T")
@@ -110,7 +112,7 @@ class Views:
         self.projections = {projection.name: projection for projection in projections}
         self._place = Place(folder) if folder is not None and cut == EVERYTHING else None
         self._gentle = gentle
-        self._every = snapshot_every
+        self._every = snapshot_every if cut == EVERYTHING else NO_SNAPSHOTS
         self._db: sqlite3.Connection | None = None
         self._generation: Generation | None = None
         self._checker = ChainChecker()
@@ -221,14 +223,14 @@ class Views:
                 for statement in _DROP_TRIAL:
                     db.execute(statement, (number,))
             folding = Folding(db, pace, every, only=trial)
-            boundary = position
+            boundary = None
             for stored in batches(self.log, 0, position, ChainChecker(), pace, trial_subject(trial)):
                 for part in slices(stored, 0, Cut(position), pace):
-                    if part.position > boundary:  # the trial had no event there, so no slice was cut there
+                    if boundary is not None and part.position > boundary:
                         folding.snapshot(boundary)
                     folding.take_cut(part)
-                    boundary = -(-(part.position + len(part.items) - 1) // every) * every
-            if boundary < position:
+                    boundary = next_boundary(part.position + len(part.items) - 1, every)
+            if boundary is not None and boundary <= position:
                 folding.snapshot(boundary)
             folding.write()
         return position
@@ -244,10 +246,10 @@ class Views:
         self, db: sqlite3.Connection, view: View, stint: Callable[[sqlite3.Connection, int], None]
     ) -> None:
         """Run stints, a transaction each, until the view has read what the log held at the beginning."""
-        target = self.log.end()
+        position, _ = checkpoint(db, view)
+        target = self.log.end()  # after the checkpoint: another process may be ahead of an earlier answer
         if self.cut.position is not None:
             target = min(target, self.cut.position)
-        position, _ = checkpoint(db, view)
         if position > target:
             raise UnusableView(f"the log ends at {target}, the views have read up to {position}")
         while position < target:
@@ -354,7 +356,7 @@ class Views:
         for attempt in range(HEALINGS + 1):
             try:
                 return job()
-            except (sqlite3.DatabaseError, OSError, DamagedView, UnusableView) as error:
+            except (sqlite3.DatabaseError, DamagedView, UnusableView) as error:
                 if isinstance(error, sqlite3.Error) and is_busy(error):
                     raise StoreUnavailable(
                         "another process holds the views for too long: try again"
@@ -375,5 +377,5 @@ class Views:
             return
         try:
             self._begin_generation(place, unusable)
-        except (sqlite3.DatabaseError, OSError, UnusableView):
+        except (sqlite3.DatabaseError, UnusableView):
             self.close()  # the next attempt, or memory in the end, tells

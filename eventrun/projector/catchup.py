@@ -108,12 +108,14 @@ class Folding:
         self._waiting_events += len(part.items)
         if self._pace.gentle or self._waiting_events >= FOLD_EVENTS:
             self._fold_waiting()
+            if len(self._trials) > LIVE_TRIALS or self._points > LIVE_POINTS:
+                self.write()
 
     def take_cut(self, part: Slice) -> None:
         """Fold the next slice of the whole log, and make snapshots where it passes a multiple of the interval."""
         start, size = 0, len(part.items)
         while start < size:
-            boundary = -(-(part.position + start) // self._every) * self._every
+            boundary = next_boundary(part.position + start, self._every)
             stop = min(boundary + 1 - part.position, size)
             self.take(between(part, start, stop))
             if part.position + stop - 1 == boundary:
@@ -151,8 +153,6 @@ class Folding:
             elif subject in self._subjects:
                 self._subjects[subject].fold(parts)
             self._pace.breathe()
-        if len(self._trials) > LIVE_TRIALS or self._points > LIVE_POINTS:
-            self.write()
 
     def _load(self, subjects: set[str]) -> None:
         others = sorted(
@@ -224,6 +224,11 @@ class Folding:
     def _new_series(self) -> int:
         self._last_series += 1
         return self._last_series
+
+
+def next_boundary(position: int, every: int) -> int:
+    """Return the first position, this one included, where snapshots are made."""
+    return -(-position // every) * every
 
 
 def put(db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[Any]]) -> None:

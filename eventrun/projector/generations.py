@@ -46,6 +46,10 @@ class UnusableView(Exception):  # never seen outside: views heal
     newer = False  # made by a newer eventrun, which would take ours away again
 
 
+class NoPlace(UnusableView):
+    """The store's folder can't be written."""
+
+
 class Place:
     """The folder of a store's views."""
 
@@ -78,7 +82,7 @@ class Place:
         return db
 
     def create(self) -> tuple[Generation, sqlite3.Connection]:
-        """Make an empty generation, to which nothing points yet. Raises OSError, sqlite3.Error."""
+        """Make an empty generation, to which nothing points yet. Raises NoPlace, sqlite3.Error."""
         # Without a pointer all views may have been deleted while another process still has, say, views-2.db open.
         newest = self.current()
         number = max([time_ns() // 1_000_000 if newest is None else newest.number, *self._numbers()]) + 1
@@ -88,6 +92,8 @@ class Place:
                 break
             except FileExistsError:
                 number += 1
+            except OSError as error:
+                raise NoPlace(str(error)) from error
         generation = Generation(number, os.urandom(8).hex())
         db = _connect(f"{self._file(number).as_uri()}?mode=rw")
         try:
@@ -101,14 +107,14 @@ class Place:
         return generation, db
 
     def point_to(self, generation: Generation) -> None:
-        """Make a generation the one to read, and remove what nobody can have open. Raises OSError."""
+        """Make a generation the one to read, and remove what nobody can have open. Raises NoPlace."""
         before = self.current()
         new = self._pointer.with_name(f"views.{os.getpid()}-{generation.token}.new")
         try:
             new.write_text(f"views-{generation.number}.db {generation.token}\n", "ascii")
             os.replace(new, self._pointer)
-        finally:
-            new.unlink(missing_ok=True)
+        except OSError as error:
+            raise NoPlace(str(error)) from error
         keep = generation.number if before is None else min(before.number, generation.number)
         for number in self._numbers():
             if number < keep:
@@ -145,7 +151,7 @@ class Place:
     def lock(self) -> Iterator[None]:
         """Let one process at a time make a generation. An SQLite lock works alike on every system.
 
-        It spares work, no more: whoever has waited for LOCK_WAIT_S goes on without. Raises OSError, sqlite3.Error.
+        It spares work, no more: whoever has waited for LOCK_WAIT_S goes on without. Raises sqlite3.Error.
         """
         import sqlite3
 
@@ -186,7 +192,8 @@ def is_about_place(error: Exception) -> bool:
     """Tell whether an error says that the place can't be written: read-only, or full."""
     import sqlite3
 
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
+    codes = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
+    return isinstance(error, NoPlace) or getattr(error, "sqlite_errorcode", 0) & 0xFF in codes
 
 
 def _connect(name: str) -> sqlite3.Connection:

@@ -73,8 +73,10 @@ def with_crc(data: bytes) -> bytes:
     return data + zlib.crc32(data).to_bytes(4, "big")
 
 
-def without_crc(data: bytes) -> bytes:
+def without_crc(data: object) -> bytes:
     """Check and remove what `with_crc` appended. Raises DamagedView."""
+    if not isinstance(data, bytes):
+        raise DamagedView(f"a stored value is {type(data).__name__}, not bytes")
     body = data[:-4]
     if zlib.crc32(body) != int.from_bytes(data[-4:], "big"):
         raise DamagedView("a stored value fails its checksum")

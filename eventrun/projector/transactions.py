@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from eventrun.clock import monotonic_ns
 from eventrun.errors import StoreUnavailable
 from eventrun.projector.generations import BUSY_S, is_busy
+from eventrun.projector.series import DamagedView
 
 if TYPE_CHECKING:  # imported on first use
     import sqlite3
@@ -26,6 +27,8 @@ _SET_CHECKPOINT = "INSERT OR REPLACE INTO checkpoints (view, version, position, 
 def checkpoint(db: sqlite3.Connection, view: View) -> tuple[int, bytes]:
     """Return the position up to which a view has read, and the digest of the batch that ends there."""
     position, mark = db.execute(_CHECKPOINT, view).fetchone() or (0, b"")
+    if not isinstance(position, int) or not isinstance(mark, bytes):
+        raise DamagedView(f"the checkpoint of {view[0]!r} is no position")
     return position, mark
 
 

@@ -14,7 +14,7 @@ from workloads import SCALARS, noisy, params, record_noisy
 import eventrun
 from eventrun.events import MetricsLogged
 
-BUSY = 10  # turns of a Python loop between two calls, about half a microsecond
+BUSY = 10  # turns of a Python loop between two calls, about a microsecond
 
 
 def durable(url: str, folder: str, events: int, trials: int, busy: int) -> dict[str, float]:

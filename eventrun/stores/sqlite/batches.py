@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from heapq import merge
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -172,9 +172,10 @@ class Appender:
         if end != self._end and self._known:
             # Others have appended. Mostly to streams of their own, so what is known of the rest stays right.
             (text,) = raw.execute(_STREAMS_AFTER, (self._end,)).fetchone()
-            changed = {int(number) for number in text.split(",")} if text else None
+            changed = text.split(",") if text else [str(number) for number, _ in self._known.values()]
+            gone = frozenset(changed)
             self._known = {
-                stream: known for stream, known in self._known.items() if changed and known[0] not in changed
+                stream: known for stream, known in self._known.items() if str(known[0]) not in gone
             }
         self._end = end
         return end
@@ -184,7 +185,7 @@ class Appender:
         asked = [
             (stream.subject, _signed(stream.writer)) for stream, known in found.items() if known is _UNKNOWN
         ]
-        for number, subject, writer, first, count, frame in _with_rows(raw, _TIPS, asked):
+        for number, subject, writer, first, count, frame in list(_with_rows(raw, _TIPS, asked)):
             stream = Stream(subject, _unsigned(writer))
             found[stream] = (number, _tip(stream, first, count, frame))
         return found
@@ -262,13 +263,14 @@ def read(raw: sqlite3.Connection, after: int, subject: str | None, limit_bytes: 
     found: list[StoredBatch] = []
     size = 0
     try:
-        for row in _rows(raw, after, subject):
-            size += len(row[-1]) if isinstance(row[-1], bytes) else 0
-            if found and size > limit_bytes:
-                break
-            if subject is None:
-                _check_position(row[0], found[-1].last_position if found else None, after)
-            found.append(_checked(row, subject))
+        with closing(_rows(raw, after, subject)) as rows:
+            for row in rows:
+                size += len(row[-1]) if isinstance(row[-1], bytes) else 0
+                if found and size > limit_bytes:
+                    break
+                if subject is None:
+                    _check_position(row[0], found[-1].last_position if found else None, after)
+                found.append(_checked(row, subject))
     except (LogDamaged, sqlite3.DatabaseError):
         # First what is good; the next read, after it, begins with the damage and says so.
         if not found:
@@ -276,13 +278,18 @@ def read(raw: sqlite3.Connection, after: int, subject: str | None, limit_bytes: 
     return found
 
 
-def _rows(raw: sqlite3.Connection, after: int, subject: str | None) -> Iterable[_Row]:
+def _rows(raw: sqlite3.Connection, after: int, subject: str | None) -> Iterator[_Row]:
     if subject is None:
-        return raw.execute(_READ, (after,))
-    # One query over all streams of the subject would sort what is left of them, anew for each page.
-    numbers = [number for (number,) in raw.execute(_STREAMS_OF_SUBJECT, (subject,))]
-    streams = [raw.execute(_READ_STREAM, (after, number)) for number in numbers]
-    return streams[0] if len(streams) == 1 else merge(*streams, key=itemgetter(0))
+        cursors = [raw.execute(_READ, (after,))]
+    else:
+        # One query over all streams of the subject would sort what is left of them, anew for each page.
+        numbers = raw.execute(_STREAMS_OF_SUBJECT, (subject,)).fetchall()
+        cursors = [raw.execute(_READ_STREAM, (after, number)) for (number,) in numbers]
+    try:
+        yield from cursors[0] if len(cursors) == 1 else merge(*cursors, key=itemgetter(0))
+    finally:
+        for cursor in cursors:  # one that is left in its middle keeps checkpoints from going on
+            cursor.close()
 
 
 def _check_position(position: int, reached: int | None, after: int) -> None:

@@ -66,6 +66,10 @@ class Log:
             if _code(error) != sqlite3.SQLITE_BUSY:
                 self.close()
             raise store_error(error, self.file) from error
+        except OverflowError as error:  # a flipped bit in a number
+            raise LogDamaged(
+                f"{self.file} is damaged: {error}; restore a backup", (str(self.file),)
+            ) from error
 
     def connect(self) -> sqlite3.Connection:
         """Open the log."""

@@ -1,0 +1,148 @@
+"""`eventrun ls`: trials, projects or groups as a table."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from eventrun.cli import terminal
+from eventrun.cli.opening import Source, reading
+from eventrun.cli.verbs import Command
+from eventrun.errors import InvalidValue
+from eventrun.summary import Column, amount, duration, local_time, number, telling_metrics
+
+if TYPE_CHECKING:
+    from eventrun.projections import GroupState, ProjectState, TrialState
+
+MOST_TRIALS = 50  # shown to a person who doesn't say how many
+MOST_METRICS = 3  # columns of metrics, unless they are named
+ID_LETTERS = 8  # shown of an id: 40 of its 80 random bits
+
+OF_TRIALS = ("group", "status", "tag", "name", "sort", "limit", "metric")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=("trials", "groups", "projects"), default="trials",
+                        help="what to list (default: trials)")  # fmt: skip
+    parser.add_argument("--project", help="only those of this project")
+    parser.add_argument("--group", help="only trials of this group")
+    parser.add_argument("--status", help="only trials that are created, running, suspended, completed, failed, "
+                        "interrupted or lost")  # fmt: skip
+    parser.add_argument("--tag", help="only trials with this tag")
+    parser.add_argument("--name", help="only trials of this name")
+    parser.add_argument("--sort", metavar="KEY", help="created (the default: newest first), name, params.NAME, "
+                        "metrics.NAME.last, ...; a - in front reverses")  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help=f"at most N trials (default: {MOST_TRIALS}; 0: all)")
+    parser.add_argument("--metric", action="append", metavar="NAME", help="show this metric's last value; may be "
+                        "repeated (default: those that say most)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON array, with all that is known of each")
+
+
+def ls(arguments: argparse.Namespace) -> int:
+    """List what the arguments ask for."""
+    if arguments.limit is not None and arguments.limit < 0:
+        raise InvalidValue(f"--limit is {arguments.limit}; give a number of trials, or 0 for all")
+    if arguments.what != "trials":
+        named = [name for name in OF_TRIALS if getattr(arguments, name) is not None]
+        if named or (arguments.what == "projects" and arguments.project is not None):
+            raise InvalidValue(f"--{(named or ['project'])[0]} can't choose {arguments.what}, it is for trials")
+    with reading(arguments) as source:
+        if arguments.what == "groups":
+            _list_groups(arguments, list(source.reads.groups(arguments.project)))
+        elif arguments.what == "projects":
+            _list_projects(arguments, list(source.reads.projects()))
+        else:
+            _list_trials(arguments, source)
+    return 0
+
+
+def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
+    limit = arguments.limit
+    if limit is None:
+        limit = 0 if arguments.json else MOST_TRIALS
+    query = source.reads.trials(
+        project=arguments.project, group=arguments.group, status=arguments.status, tag=arguments.tag,
+        name=arguments.name, order_by=arguments.sort or "-created", limit=limit + 1 if limit else None,
+    )  # fmt: skip
+    if arguments.json:
+        terminal.show_json([trial.to_dict() for trial in islice(query, limit or None)])
+        return
+    trials = list(query)
+    more = bool(limit) and len(trials) > limit
+    trials = trials[:limit] if more else trials
+    if not trials:
+        chosen = any(getattr(arguments, name) for name in ("project", "group", "status", "tag", "name"))
+        terminal.say("no trial is like that; all of them: eventrun ls" if chosen else "the store holds no trial yet")
+        return
+    metrics = arguments.metric or _common_metrics(trials)
+    terminal.table(_columns(trials, metrics), [_row(trial, metrics, trials) for trial in trials])
+    if more:
+        terminal.say("and more; to see all: --limit 0" if arguments.limit is None else "and more")
+
+
+def _common_metrics(trials: Sequence[TrialState]) -> list[str]:
+    counts = Counter(name for trial in trials for name in trial.metrics)
+    common = [name for name, count in counts.items() if 2 * count >= len(trials)]
+    return telling_metrics(common or counts, MOST_METRICS)
+
+
+def _columns(trials: Sequence[TrialState], metrics: Sequence[str]) -> list[Column]:
+    columns = [Column("id", style="dim"), Column("name", cut=True, style="bold")]
+    columns += [Column("project", cut=True)] if _differ(trials, "project") else []
+    columns += [Column("group", cut=True)] if any(trial.group for trial in trials) else []
+    columns += [Column("status", style=terminal.status_style), Column("created"), Column("lasted", "right")]
+    columns += [Column(metric, "decimal", cut=True) for metric in metrics]
+    return [*columns, Column("tags", cut=True, style="dim")]
+
+
+def _differ(trials: Sequence[TrialState], field: str) -> bool:
+    return len({getattr(trial, field) for trial in trials}) > 1
+
+
+def _row(trial: TrialState, metrics: Sequence[str], trials: Sequence[TrialState]) -> list[str]:
+    row = [trial.id[:ID_LETTERS], trial.name]
+    row += [trial.project] if _differ(trials, "project") else []
+    row += [trial.group] if any(other.group for other in trials) else []
+    row += [trial.status, local_time(trial.created_ns, seconds=False), duration(trial.duration_s)]
+    row += [number(trial.metrics[metric].last) if metric in trial.metrics else "" for metric in metrics]
+    return [*row, tags(trial.tags)]
+
+
+def tags(known: dict[str, Any]) -> str:
+    """Write tags, with their values where they have one."""
+    return ", ".join(name if value is None else f"{name}={value}" for name, value in known.items())
+
+
+def _list_groups(arguments: argparse.Namespace, groups: list[GroupState]) -> None:
+    if arguments.json:
+        terminal.show_json([group.to_dict() for group in groups])
+        return
+    columns = (Column("project", cut=True), Column("group", cut=True, style="bold"), *_PLACE_COLUMNS)
+    terminal.table(columns, [[group.project, group.name, *_place(group)] for group in groups])
+
+
+def _list_projects(arguments: argparse.Namespace, projects: list[ProjectState]) -> None:
+    if arguments.json:
+        terminal.show_json([project.to_dict() for project in projects])
+        return
+    columns = (Column("project", cut=True, style="bold"), Column("groups", "right"), *_PLACE_COLUMNS)
+    rows = [[project.project, str(len(project.groups)), *_place(project)] for project in projects]
+    terminal.table(columns, rows)
+
+
+_PLACE_COLUMNS = (
+    Column("trials", "right"), Column("of which", cut=True), Column("changed"), Column("what varies", cut=True),
+)  # fmt: skip
+
+
+def _place(state: GroupState | ProjectState) -> list[str]:
+    statuses = ", ".join(f"{count} {status}" for status, count in state.by_status.items())
+    return [
+        f"{state.trials:,}", statuses, local_time(state.modified_ns, seconds=False), ", ".join(state.params_varying)
+    ]
+
+
+COMMANDS = {"ls": Command(_arguments, ls)}

@@ -1,0 +1,77 @@
+"""`eventrun verify`, `rebuild` and `backup`: keep a store well."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from eventrun.cli import terminal
+from eventrun.cli.opening import reading
+from eventrun.cli.verbs import TRIAL_HELP, Command
+from eventrun.clock import monotonic_ns
+from eventrun.summary import amount, clean, command, duration, near, size
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--views", action="store_true", help="also fold the log anew and compare with the views")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Check the log; 1 when something is wrong with it."""
+    begun = monotonic_ns()
+    with reading(arguments) as source:
+        report = terminal.wait(source.client.verify(views=arguments.views), "verifying")
+        if arguments.json:
+            terminal.show_json(report)
+            return 0 if report.ok else 1
+        for problem in report.problems:
+            print(clean(str(problem)))
+        what = (
+            f"{amount(report.events, 'event')} in {amount(report.batches, 'batch').replace('batchs', 'batches')} "
+            f"of {amount(report.streams, 'stream')}, {size(report.bytes)}"
+        )
+        took = duration((monotonic_ns() - begun) / 1e9)
+        if report.ok:
+            views = ", and the views agree with it" if arguments.views else ""
+            print(f"ok: {what}, read and checked in {took}{views}")
+            return 0
+        terminal.say(f"{amount(len(report.problems), 'problem')} in {what}")
+        rescued = command(source.client.url, "export events --out rescued.jsonl")
+        terminal.say(f"what can be read, up to the damage: {rescued}; all else needs a backup")
+    return 1
+
+
+def _rebuild_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trial", metavar="TRIAL", help=f"only this trial: {TRIAL_HELP}")
+
+
+def rebuild(arguments: argparse.Namespace) -> int:
+    """Make the views anew."""
+    begun = monotonic_ns()
+    with reading(arguments) as source:
+        terminal.wait(source.client.rebuild(arguments.trial), "rebuilding")
+    what = "the views of that trial are" if arguments.trial else "all views are"
+    terminal.say(f"{what} made anew from the log, in {duration((monotonic_ns() - begun) / 1e9)}")
+    return 0
+
+
+def _backup_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="a folder that is new or empty")
+
+
+def backup(arguments: argparse.Namespace) -> int:
+    """Copy the store."""
+    out = Path(arguments.out)
+    with reading(arguments) as source:
+        terminal.wait(source.client.backup(out), "copying")
+    copied = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    terminal.say(f"{size(copied)} copied to {near(out)}; to look at it: {command(str(out), 'ls')}")
+    return 0
+
+
+COMMANDS = {
+    "verify": Command(_verify_arguments, verify),
+    "rebuild": Command(_rebuild_arguments, rebuild),
+    "backup": Command(_backup_arguments, backup),
+}
