@@ -340,7 +340,7 @@ def _common_power(xs: Sequence[float], low: float, high: float) -> int | None:
     """Return an `up` for which each x * 2.0**up is an integer; None if that would be beyond all doubles."""
     smallest = low if low > 0 else -high if high < 0 else min(map(abs, xs))
     smallest = smallest or min(filter(None, map(abs, xs)), default=1.0)
-    up = 53 - frexp(smallest)[1]  # brings the last bit of the smallest, which has 53 at most, to 1
+    up = 53 - frexp(smallest)[1]  # 2**-up is the last of the 53 bits of the smallest
     return up if up < 1024 and frexp(max(-low, high))[1] + up <= 1024 else None
 
 

@@ -11,9 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventrun import aggregators, events as ev
+from eventrun import aggregators
+from eventrun import events as ev
 from eventrun.codec import StoredEvent, Stream
-from eventrun.events import Event, MetricsLogged, ParamsSet, StatusChanged, TrialCreated, TrialFinished, TrialStarted
+from eventrun.events import (
+    Event,
+    MetricsLogged,
+    ParamsSet,
+    StatusChanged,
+    TrialCreated,
+    TrialFinished,
+    TrialStarted,
+)
 from eventrun.projections import (
     Held,
     ParamSource,
@@ -92,13 +101,22 @@ def logged(*calls: MetricsLogged) -> TrialState:
 TIMES = st.integers(0, 9)
 TEXTS = st.sampled_from(["", "a", "b", "a/b"])
 SCALARS = st.one_of(
-    st.floats(), st.sampled_from([0.1, 0.2, -0.0, 1, 1.0]), st.integers(-(2**63), 2**64 - 1), st.booleans(), st.none(), TEXTS
+    st.floats(),
+    st.sampled_from([0.1, 0.2, -0.0, 1, 1.0]),
+    st.integers(-(2**63), 2**64 - 1),
+    st.booleans(),
+    st.none(),
+    TEXTS,
 )
 STEPS = st.one_of(st.none(), st.integers(-1, 3), st.sampled_from([0.5, 1.0, math.nan, math.inf, -math.inf]))
 CHOICES = st.sampled_from([
     *[None] * 6, ("ring", {"n": 2}), ("series", {}), ("stat", {"skip": 1}), ("value", {}), ("ring", {}), ("nonesuch", {}),
 ])  # fmt: skip
-PLAIN = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2), max_leaves=4)
+PLAIN = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
+    max_leaves=4,
+)
 MAPPINGS = st.dictionaries(TEXTS, PLAIN, max_size=3)
 ERRORS = st.sampled_from([None, None, "boom", "bang"])
 WORDS = st.sampled_from(["completed", "FAILED", "Interrupted", "suspended", "running", "evaluating"])
@@ -178,7 +196,9 @@ def test_points_are_every_value_in_arrival_order(log: list[StoredEvent], seed: i
                 point = value, event.step, event.epoch, time_ns, sequence
                 expected.setdefault(series_name(name, event.subset), []).append(point)
     assert repr(found) == repr(expected)  # NaN isn't equal to itself
-    assert {name: metric.count for name, metric in trial.metrics.items()} == {k: len(v) for k, v in found.items()}
+    assert {name: metric.count for name, metric in trial.metrics.items()} == {
+        k: len(v) for k, v in found.items()
+    }
 
 
 @given(LOGS)
@@ -205,14 +225,33 @@ def test_a_state_stays_as_it_was_given(first: list[StoredEvent], second: list[St
     assert repr(second) == before
 
 
-@given(st.lists(st.tuples(st.sampled_from([A, B]), EVENTS.filter(lambda e: not isinstance(e, ev.WriterEnded))), max_size=12), st.data())
-def test_status_last_and_latest_do_not_depend_on_arrival(recorded: list[tuple[int, Event]], data: st.DataObject) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([A, B]), EVENTS.filter(lambda e: not isinstance(e, ev.WriterEnded))),
+        max_size=12,
+    ),
+    st.data(),
+)
+def test_status_last_and_latest_do_not_depend_on_arrival(
+    recorded: list[tuple[int, Event]], data: st.DataObject
+) -> None:
     """Streams that arrive in another order give the same status, times, last and latest."""
     times = data.draw(st.lists(TIMES, min_size=len(recorded), max_size=len(recorded)))
     log = stored((writer, time_ns, event) for (writer, event), time_ns in zip(recorded, times, strict=True))
     other = sorted(log, key=lambda entry: -entry.stream.writer)
     one, two = applied(log).state(), applied(other).state()
-    for name in ("status", "raw_status", "error", "started_ns", "finished_ns", "modified_ns", "created_ns", "duration_s", "events", "late"):
+    for name in (
+        "status",
+        "raw_status",
+        "error",
+        "started_ns",
+        "finished_ns",
+        "modified_ns",
+        "created_ns",
+        "duration_s",
+        "events",
+        "late",
+    ):
         assert getattr(one, name) == getattr(two, name)
     for name, metric in one.metrics.items():
         same = two.metrics[name]
@@ -223,7 +262,9 @@ def test_numpy_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With numpy or without, a long column leaves the same state."""
     pytest.importorskip("numpy")
     chance = random.Random(5)
-    log = stored((A, n, MetricsLogged({"a": chance.gauss(0, 1), "b": chance.random() ** 9}, n)) for n in range(3000))
+    log = stored(
+        (A, n, MetricsLogged({"a": chance.gauss(0, 1), "b": chance.random() ** 9}, n)) for n in range(3000)
+    )
     found = []
     for shortest in (1, 10**9):
         monkeypatch.setattr(aggregators, "NUMPY_FROM", shortest)
@@ -247,8 +288,17 @@ def test_nothing_to_fold() -> None:
 
 def test_a_metric_in_short() -> None:
     """count, last, min, max, mean and sd of plain numbers are what they are called."""
-    metric = logged(*(MetricsLogged({"loss": value}, step) for step, value in enumerate([4.0, 1.0, 2.0, 5.0]))).metrics["loss"]
-    assert (metric.count, metric.last, metric.latest, metric.min, metric.max, metric.mean) == (4, 5.0, 5.0, 1.0, 5.0, 3.0)
+    metric = logged(
+        *(MetricsLogged({"loss": value}, step) for step, value in enumerate([4.0, 1.0, 2.0, 5.0]))
+    ).metrics["loss"]
+    assert (metric.count, metric.last, metric.latest, metric.min, metric.max, metric.mean) == (
+        4,
+        5.0,
+        5.0,
+        1.0,
+        5.0,
+        3.0,
+    )
     assert metric.sd == math.sqrt(2.5)
     assert (metric.first_step, metric.last_step) == (0, 3)
 
@@ -312,7 +362,11 @@ def test_subsets_and_slashes_are_one_series() -> None:
         MetricsLogged({"loss": 4}, subset=""),
     )
     assert {name: metric.count for name, metric in state.metrics.items()} == {"train/loss": 2, "loss": 2}
-    assert (series_name("loss"), series_name("loss", "train"), series_name("a/b", "c")) == ("loss", "train/loss", "c/a/b")
+    assert (series_name("loss"), series_name("loss", "train"), series_name("a/b", "c")) == (
+        "loss",
+        "train/loss",
+        "c/a/b",
+    )
 
 
 def test_calls_of_different_shapes_share_a_series() -> None:
@@ -320,7 +374,9 @@ def test_calls_of_different_shapes_share_a_series() -> None:
     calls = [MetricsLogged({"loss": n} if n % 3 else {"val": -n, "loss": n}, step=n) for n in range(10)]
     trial = TrialFold.new("x")
     points = fold(trial, [as_slice(stored((A, n, call) for n, call in enumerate(calls)))])
-    assert points["loss"] == Points(list(range(10)), list(range(10)), [None] * 10, list(range(10)), list(range(1, 11)))
+    assert points["loss"] == Points(
+        list(range(10)), list(range(10)), [None] * 10, list(range(10)), list(range(1, 11))
+    )
     assert points["val"].steps == [0, 3, 6, 9]
     assert list(points) == ["val", "loss"]
 
@@ -344,19 +400,37 @@ def test_late_events_are_kept_and_counted() -> None:
         (A, 4, ev.ChronoFinished("c", 1.0, late=True)),
     )
     assert (state.late, state.events, state.position, state.status) == (2, 4, 4, "completed")
-    assert (state.metrics["m"].last, state.chronos["c"].count, state.finished_ns, state.modified_ns) == (7, 1, 2, 4)
+    assert (state.metrics["m"].last, state.chronos["c"].count, state.finished_ns, state.modified_ns) == (
+        7,
+        1,
+        2,
+        4,
+    )
 
 
 def test_chronos() -> None:
     """Seconds are summed exactly; a run that hasn't finished is running; other numbers than finite are but counted."""
     seconds = [0.1] * 10
-    runs: list[Event] = [event for s in seconds for event in (ev.ChronoStarted("c"), ev.ChronoFinished("c", s))]
+    runs: list[Event] = [
+        event for s in seconds for event in (ev.ChronoStarted("c"), ev.ChronoFinished("c", s))
+    ]
     odd = ev.ChronoFinished("odd", math.inf, aggregator=("ring", {"n": 3}))
     state = folded(*((A, n, event) for n, event in enumerate([*runs, ev.ChronoStarted("c"), odd])))
     chrono = state.chronos["c"]
-    assert (chrono.count, chrono.sum, chrono.mean, chrono.min, chrono.max, chrono.running) == (10, 1.0, 0.1, 0.1, 0.1, 1)
+    assert (chrono.count, chrono.sum, chrono.mean, chrono.min, chrono.max, chrono.running) == (
+        10,
+        1.0,
+        0.1,
+        0.1,
+        0.1,
+        1,
+    )
     assert chrono.value is None
-    assert (state.chronos["odd"].count, state.chronos["odd"].mean, state.chronos["odd"].running) == (1, None, 0)
+    assert (state.chronos["odd"].count, state.chronos["odd"].mean, state.chronos["odd"].running) == (
+        1,
+        None,
+        0,
+    )
     assert state.chronos["odd"].value == [math.inf]
 
 
@@ -366,16 +440,37 @@ def test_chronos() -> None:
 def test_created() -> None:
     """The fields of a new trial, and the defaults of one of which nothing is known."""
     state = folded((A, 5, TrialCreated("mnist", "sweep", "fox", "why", "v1", 3)))
-    assert (state.id, state.project, state.group, state.name, state.description) == ("x", "mnist", "sweep", "fox", "why")
+    assert (state.id, state.project, state.group, state.name, state.description) == (
+        "x",
+        "mnist",
+        "sweep",
+        "fox",
+        "why",
+    )
     assert (state.version, state.attempt, state.status, state.raw_status) == ("v1", 3, "created", "created")
-    assert (state.created_ns, state.started_ns, state.finished_ns, state.modified_ns, state.duration_s) == (5, None, None, 5, None)
+    assert (state.created_ns, state.started_ns, state.finished_ns, state.modified_ns, state.duration_s) == (
+        5,
+        None,
+        None,
+        5,
+        None,
+    )
     unknown = TrialFold.new("x").state()
-    assert (unknown.name, unknown.status, unknown.created_ns, unknown.modified_ns) == ("", "created", None, None)
+    assert (unknown.name, unknown.status, unknown.created_ns, unknown.modified_ns) == (
+        "",
+        "created",
+        None,
+        None,
+    )
 
 
 def test_another_rank_arrives_before_the_creation() -> None:
     """A trial comes out the same when another rank's stream is appended first."""
-    rank_0: list[Recorded] = [(A, 1, TrialCreated("p", "g", "n", "d")), (A, 2, TrialStarted()), (A, 9, TrialFinished())]
+    rank_0: list[Recorded] = [
+        (A, 1, TrialCreated("p", "g", "n", "d")),
+        (A, 2, TrialStarted()),
+        (A, 9, TrialFinished()),
+    ]
     rank_1: list[Recorded] = [
         (B, 3, TrialStarted(True)), (B, 4, ParamsSet({"lr": 1})), (B, 5, ev.DescriptionSet("better")),
         (B, 6, MetricsLogged({"m": 1}, 0)),
@@ -428,13 +523,17 @@ def test_tags_notes_charts_tables() -> None:
     assert state.tags == {"owner": "x"}
     assert [(note.time_ns, note.text) for note in state.notes] == [(3, "hm")]
     assert [(chart.name, chart.spec["v"]) for chart in state.charts] == [("c", 2), (None, 0), (None, 0)]
-    assert state.to_dict()["tables"] == [{"name": "t", "ref": {"file": "f"}, "rows": 3, "columns": {"a": "int"}}]
+    assert state.to_dict()["tables"] == [
+        {"name": "t", "ref": {"file": "f"}, "rows": 3, "columns": {"a": "int"}}
+    ]
 
 
 def test_inputs_are_marked_once() -> None:
     """The same reference twice is one input, and an output may be the same thing as an input."""
     data = {"url": "s3://data", "rows": [1, 2]}
-    state = folded((A, 1, ev.InputMarked(data)), (A, 2, ev.InputMarked(dict(data))), (A, 3, ev.OutputMarked(data)))
+    state = folded(
+        (A, 1, ev.InputMarked(data)), (A, 2, ev.InputMarked(dict(data))), (A, 3, ev.OutputMarked(data))
+    )
     assert (state.inputs, state.outputs) == ((data,), (data,))
 
 
@@ -464,12 +563,22 @@ def test_the_way_of_a_trial() -> None:
     assert folded(*way).status == "running"
     way.append((A, 2 * SECOND, StatusChanged("Evaluating")))
     state = folded(*way)
-    assert (state.status, state.raw_status, state.duration_s, state.finished_ns) == ("running", "Evaluating", 1.0, None)
+    assert (state.status, state.raw_status, state.duration_s, state.finished_ns) == (
+        "running",
+        "Evaluating",
+        1.0,
+        None,
+    )
     way.append((A, 3 * SECOND, StatusChanged("paused")))
     assert folded(*way).status == "suspended"
     way.append((A, 4 * SECOND, TrialFinished("SUCCESS")))
     state = folded(*way, (A, 9 * SECOND, ev.NoteAdded("late")))
-    assert (state.status, state.raw_status, state.finished_ns, state.duration_s) == ("completed", "SUCCESS", 4 * SECOND, 3.0)
+    assert (state.status, state.raw_status, state.finished_ns, state.duration_s) == (
+        "completed",
+        "SUCCESS",
+        4 * SECOND,
+        3.0,
+    )
 
 
 def test_a_status_that_ends_is_a_finish() -> None:
@@ -505,7 +614,11 @@ def test_ranks_that_disagree(first: str, second: str, status: str) -> None:
 
 def test_resumed_after_a_finish() -> None:
     """A start after the finish makes it run again, and the later finish is what counts."""
-    way: list[Recorded] = [(A, 1, TrialStarted()), (A, 2, TrialFinished("failed", "boom")), (B, 3, TrialStarted(True))]
+    way: list[Recorded] = [
+        (A, 1, TrialStarted()),
+        (A, 2, TrialFinished("failed", "boom")),
+        (B, 3, TrialStarted(True)),
+    ]
     state = folded(*way)
     assert (state.status, state.error, state.finished_ns, state.started_ns) == ("running", None, None, 1)
     assert folded(*way, (B, 9, TrialFinished())).status == "completed"
@@ -517,7 +630,11 @@ def ended(writer: int, noticed_ns: int, reason: str = "lost") -> Recorded:
 
 def test_lost() -> None:
     """A trial whose writer ended without a finish is lost; its last sign of life is what the duration ends at."""
-    way: list[Recorded] = [(A, 1 * SECOND, TrialStarted()), (A, 3 * SECOND, MetricsLogged({"m": 1})), ended(A, 99 * SECOND)]
+    way: list[Recorded] = [
+        (A, 1 * SECOND, TrialStarted()),
+        (A, 3 * SECOND, MetricsLogged({"m": 1})),
+        ended(A, 99 * SECOND),
+    ]
     state = folded(*way)
     assert (state.status, state.raw_status, state.error) == ("lost", "running", None)
     assert (state.finished_ns, state.modified_ns, state.duration_s) == (None, 3 * SECOND, 2.0)
@@ -579,7 +696,12 @@ def trial(name: str, *recorded: Recorded) -> TrialState:
 
 def test_a_group_in_short() -> None:
     """Own fields, counts by status, what varies, the best and the last of each metric, and times."""
-    own = subject(ev.GroupCreated("p", "g"), ev.DescriptionSet("why"), ev.TagsAdded({"t": 1}), ev.MetadataSet({"a": {"b": 1}}))
+    own = subject(
+        ev.GroupCreated("p", "g"),
+        ev.DescriptionSet("why"),
+        ev.TagsAdded({"t": 1}),
+        ev.MetadataSet({"a": {"b": 1}}),
+    )
     one = trial(
         "one",
         (A, 10, TrialStarted()),
@@ -597,7 +719,13 @@ def test_a_group_in_short() -> None:
     )
     group = group_state(own, "p", "g", [one, two])
     assert group == group_state(own, "p", "g", iter([two, one]))
-    assert (group.project, group.name, group.description, group.tags, group.metadata) == ("p", "g", "why", {"t": 1}, {"a": {"b": 1}})
+    assert (group.project, group.name, group.description, group.tags, group.metadata) == (
+        "p",
+        "g",
+        "why",
+        {"t": 1},
+        {"a": {"b": 1}},
+    )
     assert (group.trials, group.by_status) == (2, {"completed": 1, "failed": 1})
     assert group.params_varying == {"lr": [0.01, 0.1]}
     assert group.best == {
@@ -622,13 +750,21 @@ def test_a_group_that_runs_has_no_finish() -> None:
 def test_a_group_without_trials() -> None:
     """A group that was only made, and one of which nothing was told."""
     empty = group_state(subject(ev.GroupCreated("p", "g")), "p", "g", [])
-    assert (empty.trials, empty.best, empty.created_ns, empty.started_ns, empty.finished_ns) == (0, {}, 1, None, None)
+    assert (empty.trials, empty.best, empty.created_ns, empty.started_ns, empty.finished_ns) == (
+        0,
+        {},
+        1,
+        None,
+        None,
+    )
     assert group_state(None, "p", "g", []).modified_ns is None
 
 
 def test_a_project_in_short() -> None:
     """A project counts the trials of each group."""
-    trials = [trial(str(n), (A, n, TrialCreated("p", f"g{n % 2}", "n")), (A, n, TrialStarted())) for n in range(5)]
+    trials = [
+        trial(str(n), (A, n, TrialCreated("p", f"g{n % 2}", "n")), (A, n, TrialStarted())) for n in range(5)
+    ]
     project = project_state(subject(ev.ProjectCreated("p"), of="p/p"), "p", reversed(trials))
     assert (project.groups, project.trials, project.by_status) == ({"g0": 3, "g1": 2}, 5, {"running": 5})
     assert (project.created_ns, project.started_ns) == (1, 0)
@@ -663,7 +799,9 @@ def test_a_projection_of_ones_own() -> None:
     """Two functions and a type make a projection; its states are written and read by msgspec."""
     projection = Projection("longest", 1, Longest, longer, Longest)
     state = projection.initial()
-    for entry in stored((A, n, ev.ChronoFinished(f"c{n}", seconds)) for n, seconds in enumerate([1.0, 3.0, 2.0])):
+    for entry in stored(
+        (A, n, ev.ChronoFinished(f"c{n}", seconds)) for n, seconds in enumerate([1.0, 3.0, 2.0])
+    ):
         assert projection.key(entry) == ""
         state = projection.apply(state, entry)
     assert projection.decode(projection.encode(state)) == Longest(3.0, "c1")

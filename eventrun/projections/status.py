@@ -115,7 +115,9 @@ class Verdict(NamedTuple):
 
 def judge(writers: dict[int, Writer]) -> Verdict:
     """Give the trial's status by the rules above."""
-    begun = max((writer.begun_ns for writer in writers.values() if writer.begun_ns is not None), default=_EVER)
+    begun = max(
+        (writer.begun_ns for writer in writers.values() if writer.begun_ns is not None), default=_EVER
+    )
     said = [
         (writer.said.time_ns, name, writer.said)
         for name, writer in writers.items()

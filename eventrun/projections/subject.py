@@ -156,7 +156,9 @@ class ProjectState(_Summary, array_like=True, gc=False, frozen=True, kw_only=Tru
     groups: dict[str, int]
 
 
-def group_state(own: SubjectFold | None, project: str, group: str, trials: Iterable[TrialState]) -> GroupState:
+def group_state(
+    own: SubjectFold | None, project: str, group: str, trials: Iterable[TrialState]
+) -> GroupState:
     """Give the state of a group from its own events and its trials, in any order."""
     return GroupState(name=group, **_summary(own, project, list(trials)))
 
@@ -183,7 +185,9 @@ def _summary(own: SubjectFold | None, project: str, trials: list[TrialState]) ->
         "charts": tuple(about.charts),
         "created_ns": own.created_ns if own else None,
         "modified_ns": max((ns for ns in modified if ns is not None), default=None),
-        "started_ns": min((trial.started_ns for trial in trials if trial.started_ns is not None), default=None),
+        "started_ns": min(
+            (trial.started_ns for trial in trials if trial.started_ns is not None), default=None
+        ),
         "finished_ns": None if running else max((ns for ns in finished if ns is not None), default=None),
         "trials": len(trials),
         "by_status": dict(sorted(Counter(trial.status for trial in trials).items())),

@@ -126,7 +126,9 @@ class TrialFold(Struct, array_like=True, gc=False):
 
     def encode(self) -> bytes:
         """Write the state as msgpack: equal bytes for equal events, however they were grouped."""
-        self.writers = dict(sorted(self.writers.items()))  # a fold counts first, so they came in another order
+        self.writers = dict(
+            sorted(self.writers.items())
+        )  # a fold counts first, so they came in another order
         return _encoder.encode(self)
 
     @classmethod
@@ -140,7 +142,9 @@ class TrialFold(Struct, array_like=True, gc=False):
         """Give the state to read, which later folds don't change."""
         created, about, status = self.created, self.about, judge(self.writers)
         until_ns = self.modified_ns if status.finished_ns is None else status.finished_ns
-        lasted = None if self.started_ns is None or until_ns is None else max(until_ns - self.started_ns, 0) / 1e9
+        lasted = (
+            None if self.started_ns is None or until_ns is None else max(until_ns - self.started_ns, 0) / 1e9
+        )
         return TrialState(
             self.id, created.project, created.group, created.name,
             created.description if about.description is None else about.description,

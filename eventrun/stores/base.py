@@ -21,6 +21,7 @@ class StoredBatch(NamedTuple):
 
     @property
     def last_position(self) -> int:
+        """The position of the last event."""
         return self.position + self.batch.header.count - 1
 
 

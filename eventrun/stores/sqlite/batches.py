@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from heapq import merge
 from operator import itemgetter
@@ -169,13 +169,14 @@ class Appender:
 
     def _catch_up(self, raw: sqlite3.Connection) -> int:
         end = end_of(raw)
-        if end != self._end and self._known:
+        if end < self._end:
+            self._known.clear()
+        elif end > self._end and self._known:
             # Others have appended. Mostly to streams of their own, so what is known of the rest stays right.
             (text,) = raw.execute(_STREAMS_AFTER, (self._end,)).fetchone()
-            changed = text.split(",") if text else [str(number) for number, _ in self._known.values()]
-            gone = frozenset(changed)
+            changed = frozenset((text or "").split(","))
             self._known = {
-                stream: known for stream, known in self._known.items() if str(known[0]) not in gone
+                stream: known for stream, known in self._known.items() if str(known[0]) not in changed
             }
         self._end = end
         return end
@@ -278,7 +279,7 @@ def read(raw: sqlite3.Connection, after: int, subject: str | None, limit_bytes: 
     return found
 
 
-def _rows(raw: sqlite3.Connection, after: int, subject: str | None) -> Iterator[_Row]:
+def _rows(raw: sqlite3.Connection, after: int, subject: str | None) -> Generator[_Row, None, None]:
     if subject is None:
         cursors = [raw.execute(_READ, (after,))]
     else:
