@@ -302,6 +302,14 @@ def make(name: str, arguments: dict[str, Any]) -> Aggregator:
         raise ValueError(f"aggregator {name!r}: {error}; {_KNOWN}") from error
 
 
+def describe(aggregator: object) -> tuple[str, dict[str, Any]]:
+    """Undo `make`: name and arguments, as an event carries them; observations are left out. Raises TypeError."""
+    for name, (kind, parameters) in _KINDS.items():
+        if isinstance(aggregator, kind):
+            return name, {parameter: getattr(aggregator, parameter) for parameter in sorted(parameters)}
+    raise TypeError(f"{type(aggregator).__qualname__} is not an aggregator: {_KNOWN}")
+
+
 def _check(name: str, parameter: str, value: object, lowest: int, highest: int) -> None:
     if type(value) is not int or not lowest <= value <= highest:
         raise ValueError(

@@ -31,14 +31,13 @@ TEXT_CELLS = 24  # the most that a value gets that is text
 SMALLEST_COLUMN = 8  # cells; no column is cut further
 
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
-NOT_FINITE, ASCII_NOT_FINITE = "×", "x"
+NOT_FINITE, ASCII_NOT_FINITE = "×", "x"  # noqa: RUF001 - a cross, as it looks
 
-_LESS_IS_BETTER = frozenset(
-    "loss error err mae mse rmse mape nll perplexity ppl wer cer fid regret cost divergence kl bpb bpc".split()
+_LESS = "loss error err mae mse rmse mape nll perplexity ppl wer cer fid regret cost divergence kl bpb bpc"
+_MORE = (
+    "accuracy acc auc auroc f1 precision recall score reward return iou dice bleu rouge r2 psnr ssim success"
 )
-_MORE_IS_BETTER = frozenset(
-    "accuracy acc auc auroc f1 precision recall score reward return iou dice bleu rouge r2 psnr ssim success".split()
-)
+_LESS_IS_BETTER, _MORE_IS_BETTER = frozenset(_LESS.split()), frozenset(_MORE.split())
 _CHECKED_SUBSETS = frozenset({"val", "valid", "validation", "eval", "test", "dev"})
 
 
@@ -192,10 +191,13 @@ class Column(NamedTuple):
 
 def align_points(cells: Sequence[str]) -> list[str]:
     """Pad numbers so that their decimal points, or ends, stand under each other when they are aligned right."""
-    tails = [len(cell) - len(re.split(r"[.e]", cell, maxsplit=1)[0]) if _is_number(cell) else 0 for cell in cells]
+    tails = [
+        len(cell) - len(re.split(r"[.e]", cell, maxsplit=1)[0]) if _is_number(cell) else 0 for cell in cells
+    ]
     longest = max(tails, default=0)
     return [
-        cell + " " * (longest - tail) if _is_number(cell) else cell for cell, tail in zip(cells, tails, strict=True)
+        cell + " " * (longest - tail) if _is_number(cell) else cell
+        for cell, tail in zip(cells, tails, strict=True)
     ]
 
 
@@ -213,7 +215,8 @@ def lay_out(
             for row, cell in zip(table, align_points([row[place] for row in table]), strict=True):
                 row[place] = cell
     widths = [
-        max([width(column.title), *(width(row[place]) for row in table)]) for place, column in enumerate(columns)
+        max([width(column.title), *(width(row[place]) for row in table)])
+        for place, column in enumerate(columns)
     ]
     if cells is not None:
         _fit(widths, [place for place, column in enumerate(columns) if column.cut], cells)
@@ -330,7 +333,11 @@ def closing_block(
     lines = plain_table(columns, rows, cells=cells - 2, mark=mark)
     if len(trials) > len(states):
         lines.append(f"and {len(trials) - len(states)} more")
-    block = [f"eventrun: {amount(len(trials), 'trial')}, {headline}", "", *(f"  {line}".rstrip() for line in lines)]
+    block = [
+        f"eventrun: {amount(len(trials), 'trial')}, {headline}",
+        "",
+        *(f"  {line}".rstrip() for line in lines),
+    ]
     if client.folder is not None:
         shown = states[0].id[:8] if len(states) == 1 else None
         block += ["", f"  to see more: {command(client.url, f'show {shown}' if shown else 'ls')}"]

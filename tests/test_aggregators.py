@@ -217,7 +217,8 @@ def test_numpy_is_used() -> None:
 @pytest.mark.parametrize("exponent", [*range(960, 980), 1022, 1023])
 def test_spread_at_the_bounds_of_doubles(exponent: int) -> None:
     """Where bringing all numbers to integers would just leave the range of doubles, sums stay exact."""
-    for xs in ([1.75 * 2.0**exponent, 1.25, -1.5] * 4, [1.75 * 2.0**-exponent, 1.25, -1.5] * 4):
+    small = 1.75 * 2.0**-exponent
+    for xs in ([1.75 * 2.0**exponent, 1.25, -1.5] * 4, [small, 1.25, -1.5] * 4, [small, -small] * 4):
         single = Moments()
         for x in xs:
             single.observe(x)
@@ -435,3 +436,15 @@ def test_stored_bounds_are_checked() -> None:
     """A stored ring whose n is out of bounds is refused when it is read."""
     with pytest.raises(msgspec.ValidationError, match="n must be an int"):
         msgspec.msgpack.decode(msgspec.msgpack.encode(["ring", 0, []]), type=Ring)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("value", {}), ("series", {}), ("ring", {"n": 3}), ("stat", {"skip": 2})]
+)
+def test_describe_undoes_make(name: str, arguments: dict[str, int]) -> None:
+    """An aggregator gives back the name and arguments it was made of, whatever it has observed."""
+    made = aggregators.make(name, arguments)
+    made.observe(1.0)
+    assert aggregators.describe(made) == (name, arguments)
+    with pytest.raises(TypeError, match="int is not an aggregator"):
+        aggregators.describe(3)

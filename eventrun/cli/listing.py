@@ -12,7 +12,7 @@ from eventrun.cli import terminal
 from eventrun.cli.opening import Source, reading
 from eventrun.cli.verbs import Command
 from eventrun.errors import InvalidValue
-from eventrun.summary import Column, amount, duration, local_time, number, telling_metrics
+from eventrun.summary import Column, duration, local_time, number, telling_metrics
 
 if TYPE_CHECKING:
     from eventrun.projections import GroupState, ProjectState, TrialState
@@ -35,10 +35,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="only trials of this name")
     parser.add_argument("--sort", metavar="KEY", help="created (the default: newest first), name, params.NAME, "
                         "metrics.NAME.last, ...; a - in front reverses")  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help=f"at most N trials (default: {MOST_TRIALS}; 0: all)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help=f"at most N trials (default: {MOST_TRIALS}; 0: all)"
+    )
     parser.add_argument("--metric", action="append", metavar="NAME", help="show this metric's last value; may be "
                         "repeated (default: those that say most)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print one JSON array, with all that is known of each")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON array, with all that is known of each"
+    )
 
 
 def ls(arguments: argparse.Namespace) -> int:
@@ -48,7 +52,9 @@ def ls(arguments: argparse.Namespace) -> int:
     if arguments.what != "trials":
         named = [name for name in OF_TRIALS if getattr(arguments, name) is not None]
         if named or (arguments.what == "projects" and arguments.project is not None):
-            raise InvalidValue(f"--{(named or ['project'])[0]} can't choose {arguments.what}, it is for trials")
+            raise InvalidValue(
+                f"--{(named or ['project'])[0]} can't choose {arguments.what}, it is for trials"
+            )
     with reading(arguments) as source:
         if arguments.what == "groups":
             _list_groups(arguments, list(source.reads.groups(arguments.project)))
@@ -75,12 +81,19 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
     trials = trials[:limit] if more else trials
     if not trials:
         chosen = any(getattr(arguments, name) for name in ("project", "group", "status", "tag", "name"))
-        terminal.say("no trial is like that; all of them: eventrun ls" if chosen else "the store holds no trial yet")
+        terminal.say(
+            "no trial is like that; all of them: eventrun ls" if chosen else "the store holds no trial yet"
+        )
         return
-    metrics = arguments.metric or _common_metrics(trials)
-    terminal.table(_columns(trials, metrics), [_row(trial, metrics, trials) for trial in trials])
+    show_trials(trials, arguments.metric)
     if more:
         terminal.say("and more; to see all: --limit 0" if arguments.limit is None else "and more")
+
+
+def show_trials(trials: Sequence[TrialState], metrics: Sequence[str] | None = None) -> None:
+    """Print trials as a table, with the last values of these metrics, or of those that say most."""
+    metrics = metrics or _common_metrics(trials)
+    terminal.table(_columns(trials, metrics), [_row(trial, metrics, trials) for trial in trials])
 
 
 def _common_metrics(trials: Sequence[TrialState]) -> list[str]:
@@ -141,7 +154,10 @@ _PLACE_COLUMNS = (
 def _place(state: GroupState | ProjectState) -> list[str]:
     statuses = ", ".join(f"{count} {status}" for status, count in state.by_status.items())
     return [
-        f"{state.trials:,}", statuses, local_time(state.modified_ns, seconds=False), ", ".join(state.params_varying)
+        f"{state.trials:,}",
+        statuses,
+        local_time(state.modified_ns, seconds=False),
+        ", ".join(state.params_varying),
     ]
 
 

@@ -24,7 +24,8 @@ SUFFIXES = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("events", "metrics"), help="the log itself, to be imported elsewhere; or a "
                         "row for each value of each metric")  # fmt: skip
-    parser.add_argument("--trial", action="append", metavar="TRIAL", help=f"only this trial, may be repeated: {TRIAL_HELP}")
+    parser.add_argument("--trial", action="append", metavar="TRIAL", help=f"only this trial (may be repeated): "
+                        f"{TRIAL_HELP}")  # fmt: skip
     parser.add_argument("--format", choices=FORMATS, help="of metrics (default: as the file's name says, else csv); "
                         "events are always JSON lines")  # fmt: skip
     parser.add_argument("--out", metavar="FILE", help="write to this file (default: stdout)")
@@ -33,15 +34,20 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 def export(arguments: argparse.Namespace) -> int:
     """Write events or metrics."""
     if arguments.what == "events" and arguments.format == "csv":
-        raise InvalidValue("events are written as JSON lines; as CSV there are metrics: eventrun export metrics")
-    with reading(arguments) as source, _output(arguments.out) as out:
-        with terminal.progress(f"exporting {arguments.what}") as tick:
-            if arguments.what == "events":
-                trials = arguments.trial or [None]
-                count = sum(export_events(source.client, out, trial, progress=tick) for trial in trials)
-            else:
-                format = arguments.format or SUFFIXES.get(Path(arguments.out or "").suffix.lower(), "csv")
-                count = export_metrics(source.client, out, format, arguments.trial, progress=tick)
+        raise InvalidValue(
+            "events are written as JSON lines; as CSV there are metrics: eventrun export metrics"
+        )
+    with (
+        reading(arguments) as source,
+        _output(arguments.out) as out,
+        terminal.progress(f"exporting {arguments.what}") as tick,
+    ):
+        if arguments.what == "events":
+            trials = arguments.trial or [None]
+            count = sum(export_events(source.client, out, trial, progress=tick) for trial in trials)
+        else:
+            kind = arguments.format or SUFFIXES.get(Path(arguments.out or "").suffix.lower(), "csv")
+            count = export_metrics(source.client, out, kind, arguments.trial, progress=tick)
     noun = "event" if arguments.what == "events" else "value"
     if arguments.out:
         terminal.say(f"{amount(count, noun)} written to {near(arguments.out)}")
@@ -97,7 +103,7 @@ def _input(name: str) -> Iterator[tuple[BinaryIO, str]]:
         yield sys.stdin.buffer, "stdin"
         return
     try:
-        file = open(name, "rb")
+        file = open(name, "rb")  # noqa: SIM115 - closed below; only opening it is wrapped
     except OSError as error:
         raise EventrunError(f"{name} can't be read: {error.strerror or error}") from error
     with file:

@@ -61,7 +61,9 @@ def store_folder(url: str) -> Path | None:
 
 def _check_there(url: str) -> None:
     if url == "memory:":
-        raise StoreUnavailable("a store in memory ends with its process, so there is none to read: name a folder")
+        raise StoreUnavailable(
+            "a store in memory ends with its process, so there is none to read: name a folder"
+        )
     folder = store_folder(url)
     if folder is None or (folder / "log.db").exists() or _was_killed_young(url):
         return

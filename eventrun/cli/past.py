@@ -15,7 +15,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("when", metavar="POSITION|TIME", help="a position as in `eventrun events`; or a time: "
                         "2025-11-21T12:30, or nanoseconds since 1970")  # fmt: skip
     parser.add_argument("verb", metavar="VERB", choices=READERS, help=" or ".join(READERS))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes; see its --help")
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="what the verb takes; see its --help"
+    )
 
 
 def at(arguments: argparse.Namespace) -> int:

@@ -46,10 +46,14 @@ def _show(source: Source, trial: TrialState) -> None:
     for title, mapping in (("params", trial.params), ("metadata", trial.metadata)):
         if mapping:
             terminal.heading(title)
-            terminal.table(_PAIR, [[name, plain(value)] for name, value in _leaves(mapping)], titles=False, indent=2)
+            terminal.table(
+                _PAIR, [[name, plain(value)] for name, value in _leaves(mapping)], titles=False, indent=2
+            )
     if trial.metrics:
         terminal.heading("metrics")
-        terminal.table(_METRIC_COLUMNS, [_metric_row(source, trial, name) for name in trial.metrics], indent=2)
+        terminal.table(
+            _METRIC_COLUMNS, [_metric_row(source, trial, name) for name in trial.metrics], indent=2
+        )
     if trial.chronos:
         terminal.heading("chronos")
         terminal.table(_CHRONO_COLUMNS, [_chrono_row(trial, name) for name in trial.chronos], indent=2)
@@ -72,7 +76,9 @@ _PAIR = (Column("", style="dim"), Column("", cut=True))
 
 def _facts(trial: TrialState) -> Iterator[list[str]]:
     """Yield what is known of a trial, without what nobody told."""
-    status = trial.status if trial.raw_status.lower() == trial.status else f"{trial.status} ({trial.raw_status})"
+    status = (
+        trial.status if trial.raw_status.lower() == trial.status else f"{trial.status} ({trial.raw_status})"
+    )
     late = f", {trial.late} after the finish" if trial.late else ""
     facts = (
         ("id", trial.id),
@@ -144,7 +150,9 @@ def _history_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("metric", metavar="METRIC", help="the metric's name, with its subset: val/loss")
     parser.add_argument("--points", type=int, metavar="N", help="at most about N points, extremes and ends kept "
                         f"(default: all, on a terminal {SHOWN_POINTS})")  # fmt: skip
-    parser.add_argument("--between", nargs=2, type=float, metavar=("FROM", "TO"), help="only points of these steps")
+    parser.add_argument(
+        "--between", nargs=2, type=float, metavar=("FROM", "TO"), help="only points of these steps"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object of columns")
 
 
@@ -157,7 +165,9 @@ def history(arguments: argparse.Namespace) -> int:
     with reading(arguments) as source:
         if points is None and not arguments.json and terminal.cells() is not None:
             points = SHOWN_POINTS
-        series = source.reads.history(arguments.trial, arguments.metric, points=points, between=between).result()
+        series = source.reads.history(
+            arguments.trial, arguments.metric, points=points, between=between
+        ).result()
         if arguments.json:
             terminal.show_json(series.to_dict())
             return 0
@@ -188,11 +198,15 @@ def _tell_course(
     source: Source, arguments: argparse.Namespace, series: Series, between: tuple[float, ...] | None
 ) -> None:
     """Draw the whole course for a person, and say what was left out."""
-    fine = source.reads.history(arguments.trial, arguments.metric, points=4 * CHART_CELLS, between=between).result()
+    fine = source.reads.history(
+        arguments.trial, arguments.metric, points=4 * CHART_CELLS, between=between
+    ).result()
     terminal.say(f"\n{terminal.sparkline(fine.values, CHART_CELLS)}")
     count = source.reads.get(arguments.trial).result().metrics[arguments.metric].count
     if between is None and count > len(series.values):
-        everything = command(source.client.url, f"history {arguments.trial} {arguments.metric} --points {count}")
+        everything = command(
+            source.client.url, f"history {arguments.trial} {arguments.metric} --points {count}"
+        )
         terminal.say(f"{len(series.values)} of {amount(count, 'point')}; all of them: {everything}")
 
 

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from eventrun.clock import monotonic_ns
 from eventrun.codec import to_json
-from eventrun.summary import BARS, NOT_FINITE, Column, amount, can_write, clean, duration, lay_out, pad, plain_table
+from eventrun.summary import (
+    BARS,
+    NOT_FINITE,
+    Column,
+    amount,
+    can_write,
+    clean,
+    duration,
+    lay_out,
+    pad,
+    plain_table,
+)
 from eventrun.summary import sparkline as draw_sparkline
 
 if TYPE_CHECKING:
@@ -67,20 +78,23 @@ def show_json(value: Any) -> None:
     print(json.dumps(to_json(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False))
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, titles: bool = True, indent: int = 0) -> None:
+def table(
+    columns: Sequence[Column], rows: Iterable[Sequence[str]], *, titles: bool = True, indent: int = 0
+) -> None:
     """Print a table on stdout: aligned, and cut to the terminal's width."""
     room = cells()
     room = None if room is None else max(room - indent, 1)
     console = _console(sys.stdout)
     if console is None:
         for line in plain_table(columns, rows, cells=room, titles=titles, mark=ellipsis()):
-            print(' ' * indent + line if line else '')
+            print(" " * indent + line if line else "")
         return
     widths, body = lay_out(columns, rows, room, ellipsis())
     if titles:
         _print_row(console, [(c.title, "dim") for c in columns], widths, columns, indent)
     for row in body:
-        _print_row(console, [(cell, style_of(c, cell)) for c, cell in zip(columns, row, strict=True)], widths, columns, indent)
+        styled = [(cell, style_of(column, cell)) for column, cell in zip(columns, row, strict=True)]
+        _print_row(console, styled, widths, columns, indent)
 
 
 def style_of(column: Column, cell: str) -> str:
@@ -94,7 +108,11 @@ def status_style(cell: str) -> str:
 
 
 def _print_row(
-    console: Console, row: Sequence[tuple[str, str]], widths: Sequence[int], columns: Sequence[Column], indent: int
+    console: Console,
+    row: Sequence[tuple[str, str]],
+    widths: Sequence[int],
+    columns: Sequence[Column],
+    indent: int,
 ) -> None:
     from rich.text import Text
 
@@ -162,6 +180,7 @@ class Tick:
         self._possible = can_move_cursor(sys.stderr)
 
     def __call__(self, done: int | None) -> None:
+        """Draw, if it is time to."""
         now = monotonic_ns()
         if not self._possible or now - self._begun_ns < PROGRESS_AFTER_S * 1e9:
             return
@@ -190,7 +209,8 @@ class Tick:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+        told = TextColumn("{task.fields[told]}")
+        columns = (TextColumn("{task.description}"), BarColumn(30), told, TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task(clean(self._label), total=self._total, told="")
         self._bar.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eventrun.cli import terminal
 from eventrun.cli.opening import reading
@@ -11,9 +12,14 @@ from eventrun.cli.verbs import TRIAL_HELP, Command
 from eventrun.clock import monotonic_ns
 from eventrun.summary import amount, clean, command, duration, near, size
 
+if TYPE_CHECKING:
+    from eventrun.projector import VerifyReport
+
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--views", action="store_true", help="also fold the log anew and compare with the views")
+    parser.add_argument(
+        "--views", action="store_true", help="also fold the log anew and compare with the views"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -24,22 +30,25 @@ def verify(arguments: argparse.Namespace) -> int:
         report = terminal.wait(source.client.verify(views=arguments.views), "verifying")
         if arguments.json:
             terminal.show_json(report)
-            return 0 if report.ok else 1
-        for problem in report.problems:
-            print(clean(str(problem)))
-        what = (
-            f"{amount(report.events, 'event')} in {amount(report.batches, 'batch').replace('batchs', 'batches')} "
-            f"of {amount(report.streams, 'stream')}, {size(report.bytes)}"
-        )
-        took = duration((monotonic_ns() - begun) / 1e9)
-        if report.ok:
-            views = ", and the views agree with it" if arguments.views else ""
-            print(f"ok: {what}, read and checked in {took}{views}")
-            return 0
-        terminal.say(f"{amount(len(report.problems), 'problem')} in {what}")
-        rescued = command(source.client.url, "export events --out rescued.jsonl")
-        terminal.say(f"what can be read, up to the damage: {rescued}; all else needs a backup")
-    return 1
+        else:
+            took = duration((monotonic_ns() - begun) / 1e9)
+            tell(report, f" in {took}" + (", and the views agree with it" if arguments.views else ""))
+            if not report.ok:
+                rescued = command(source.client.url, "export events --out rescued.jsonl")
+                terminal.say(f"to save what can be read, up to the damage: {rescued}")
+    return 0 if report.ok else 1
+
+
+def tell(report: VerifyReport, more: str = "") -> None:
+    """Print what verifying has found: one line when all is well, else a line for each problem."""
+    batches = f"{report.batches:,} batch{'' if report.batches == 1 else 'es'}"
+    what = f"{amount(report.events, 'event')} in {batches} of {amount(report.streams, 'stream')}, {size(report.bytes)}"
+    if report.ok:
+        print(f"ok: {what}, all read and checked{more}")
+        return
+    for problem in report.problems:
+        print(clean(str(problem)))
+    terminal.say(f"{amount(len(report.problems), 'problem')} in {what}")
 
 
 def _rebuild_arguments(parser: argparse.ArgumentParser) -> None:

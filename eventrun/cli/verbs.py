@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
@@ -37,7 +38,9 @@ SECTIONS: dict[str, dict[str, Verb]] = {
                 "eventrun ls groups --json",
             ),
         ),
-        "show": Verb("showing", "show all about one trial", ("eventrun show @latest", "eventrun show rate-0.1 --json")),
+        "show": Verb(
+            "showing", "show all about one trial", ("eventrun show @latest", "eventrun show rate-0.1 --json")
+        ),
         "history": Verb(
             "showing",
             "show the points of one metric",
@@ -63,7 +66,10 @@ SECTIONS: dict[str, dict[str, Verb]] = {
         "export": Verb(
             "moving",
             "write events or metrics as JSON lines or CSV",
-            ("eventrun export metrics --trial rate-0.1 --out loss.csv", "eventrun export events > events.jsonl"),
+            (
+                "eventrun export metrics --trial rate-0.1 --out loss.csv",
+                "eventrun export events > events.jsonl",
+            ),
         ),
         "import": Verb(
             "moving",
@@ -104,7 +110,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     start = _verb_place(argv)
     chosen = top.parse_args(argv[:start])
     if start == len(argv):
-        top.error("a verb is missing, like `eventrun ls`" if argv else "what shall be done? For instance: eventrun ls")
+        if argv:
+            top.error("a verb is missing, like `eventrun ls`")
+        top.print_help(sys.stderr)
+        top.exit(2)
     arguments = parse_verb(argv[start], argv[start + 1 :], top)
     if arguments.store is None:
         arguments.store = chosen.store

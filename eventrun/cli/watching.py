@@ -19,12 +19,13 @@ from eventrun.events import split_subject
 from eventrun.formats.events_jsonl import event_line
 from eventrun.summary import clean, number, shorten
 
-FIRST_LINES = 10  # events that `tail` begins with
 
 
 def _shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trial", metavar="TRIAL", help=f"only events of this trial: {TRIAL_HELP}")
-    parser.add_argument("--json", action="store_true", help="print JSON lines, as `eventrun export events` does")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON lines, as `eventrun export events` does"
+    )
 
 
 def _events_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def tail(arguments: argparse.Namespace) -> int:
     with reading(arguments) as source:
         if terminal.is_terminal(sys.stdout):
             terminal.say(f"following {source.client.url}; Ctrl-C ends it")
-        _print(source.client.tail(arguments.after, arguments.trial), arguments.json, flush=True)
+        _print(source.client.tail(after=arguments.after, trial=arguments.trial), arguments.json, flush=True)
     return 0
 
 
@@ -81,7 +82,9 @@ def describe(stored: StoredEvent) -> str:
         for name in stored.event.__struct_fields__
         if getattr(stored.event, name) not in (None, "", False)
     )
-    return f"{stored.position:>8}  {_clock(stored.time_ns)}  {_subject(stored):<14}  {kind:<15}  {told}".rstrip()
+    return (
+        f"{stored.position:>8}  {_clock(stored.time_ns)}  {_subject(stored):<14}  {kind:<15}  {told}".rstrip()
+    )
 
 
 def _clock(time_ns: int) -> str:

@@ -48,7 +48,9 @@ _decoder = msgspec.json.Decoder()
 class Sink(Protocol):
     """What text can be written to."""
 
-    def write(self, text: str, /) -> object: ...
+    def write(self, text: str, /) -> object:
+        """Write text."""
+        ...
 
 
 class Imported(Struct):
@@ -107,7 +109,8 @@ def import_events(client: Client, lines: Iterable[str | bytes], *, name: str = "
     importer = _Importer(client)
     number = 0
     try:
-        for number, text in enumerate(lines, 1):
+        for text in lines:
+            number += 1
             if text.strip():
                 importer.take(_read(text))
     except InvalidValue as error:
@@ -115,7 +118,9 @@ def import_events(client: Client, lines: Iterable[str | bytes], *, name: str = "
         raise InvalidValue(f"{name}, line {number}: {error}") from error
     except UnicodeDecodeError as error:
         importer.append()
-        raise InvalidValue(f"{name}, line {number + 1}: not UTF-8 text, so not what eventrun exports") from error
+        raise InvalidValue(
+            f"{name}, line {number + 1}: not UTF-8 text, so not what eventrun exports"
+        ) from error
     importer.append()
     return importer.done
 
@@ -126,7 +131,9 @@ def _read(text: str | bytes) -> Line:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidValue(f"this is not JSON: {error}") from error
     if not isinstance(found, dict):
-        raise InvalidValue("this is no event: a line is an object with subject, writer, sequence, time_ns and event")
+        raise InvalidValue(
+            "this is no event: a line is an object with subject, writer, sequence, time_ns and event"
+        )
     writer = _field(found, "writer", str)
     try:
         number = int(writer, 16)
@@ -147,7 +154,9 @@ def _subject(found: dict[str, Any]) -> str:
     subject: str = _field(found, "subject", str)
     kind, _, name = subject.partition("/")
     if kind not in SUBJECT_KINDS or not name or len(subject) > 60_000:
-        raise InvalidValue(f'the subject is {subject[:60]!r}; subjects look like "t/<trial id>" or "p/<project>"')
+        raise InvalidValue(
+            f'the subject is {subject[:60]!r}; subjects look like "t/<trial id>" or "p/<project>"'
+        )
     return subject
 
 
@@ -200,8 +209,14 @@ class _Importer:
             self._compare(line)
             return
         if sequence > end + 1:
-            missing = f"sequence {end + 1} is" if sequence == end + 2 else f"sequences {end + 1} to {sequence - 1} are"
-            raise InvalidValue(f"{missing} missing before {sequence} of {stream}: import the part before it first")
+            missing = (
+                f"sequence {end + 1} is"
+                if sequence == end + 2
+                else f"sequences {end + 1} to {sequence - 1} are"
+            )
+            raise InvalidValue(
+                f"{missing} missing before {sequence} of {stream}: import the part before it first"
+            )
         if run is None or run.stream != stream or run.size >= BATCH_BYTES:
             self._seal()
             self._run = run = _Run(stream, sequence, [], line.time_ns, line.time_ns, 0)
@@ -215,7 +230,9 @@ class _Importer:
         known = self._known.get(line.stream)
         if known is None or known.end < line.sequence:
             self.append()  # it may be one of those held here
-            known = self._known[line.stream] = _Known(self._client, line.stream, self._tips[line.stream].sequence)
+            known = self._known[line.stream] = _Known(
+                self._client, line.stream, self._tips[line.stream].sequence
+            )
         if known.item(line.sequence) != line.item:
             raise InvalidValue(
                 f"the store holds another event as sequence {line.sequence} of {line.stream}; "
@@ -243,7 +260,9 @@ class _Importer:
         try:
             self._client.append(batches).result()
         except Conflict as error:
-            raise Conflict(f"{error}: is another import running? Run this one again when it has ended") from error
+            raise Conflict(
+                f"{error}: is another import running? Run this one again when it has ended"
+            ) from error
         self.done.added += sum(batch.header.count for batch in batches)
 
 

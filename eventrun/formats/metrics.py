@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 def export_metrics(
     client: Client,
     out: Sink,
-    format: str = "csv",
+    kind: str = "csv",
     trials: Sequence[str] | None = None,
     *,
     progress: Progress | None = None,
@@ -51,7 +51,7 @@ def export_metrics(
 
     Holds one page of events at a time, and of each trial its name. CSV begins with a line of the columns' names.
     """
-    write = _writer(out, format)
+    write = _writer(out, kind)
     count = 0
     for events, (stored, name) in enumerate(_events(client, trials), 1):
         for row in rows_of(stored, name):
@@ -77,7 +77,7 @@ def utc(time_ns: int) -> str:
     """Write a time in ISO 8601, UTC, to the nanosecond."""
     seconds, rest = divmod(time_ns, 10**9)
     try:
-        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
     except (OverflowError, ValueError, OSError):  # a clock far off: beyond the years of datetime
         return f"{seconds}.{rest:09d}"
 
@@ -94,12 +94,12 @@ def _events(client: Client, trials: Sequence[str] | None) -> Iterator[tuple[Stor
                 yield stored, trial.name
 
 
-def _writer(out: Sink, format: str) -> Callable[[Row], object]:
-    if format == "jsonl":
+def _writer(out: Sink, kind: str) -> Callable[[Row], object]:
+    if kind == "jsonl":
         encode = msgspec.json.Encoder().encode
         return lambda row: out.write(encode(to_json(row._asdict())).decode() + "\n")
-    if format != "csv":
-        raise InvalidValue(f"{format!r} is no format for metrics; formats are {' and '.join(FORMATS)}")
+    if kind != "csv":
+        raise InvalidValue(f"{kind!r} is no format for metrics; formats are {' and '.join(FORMATS)}")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(Row._fields)
     return lambda row: writer.writerow(map(_cell, row))

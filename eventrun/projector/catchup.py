@@ -6,7 +6,8 @@ in Python ten times, because each gives up the interpreter's lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eventrun.projections import Points, Slice, SubjectFold, TrialFold, encode_state, fold
@@ -32,12 +33,15 @@ FOLD_EVENTS = 50_000  # events folded at a time
 LIVE_TRIALS = 4_096  # trials in memory at a time
 LIVE_POINTS = 1_000_000  # points in memory at a time, 60 to 80 bytes each
 ROWS = 64  # per statement
-WAITING_ROWS = 2_048  # of series and chunks in memory at a time, 8 to 16 KiB each
+WAITING_SERIES = 512  # written at a time; an open chunk has up to 40 KiB
 SEPARATOR = "\x1f"
+EVER = -(2**63)  # before any time
 
 # Not json_each, which takes one parameter for all: before SQLite 3.45 it cut texts at a NUL.
 _WANTED = "WITH wanted AS (VALUES {})"
-_FIND_TRIALS = "SELECT id, number, fold FROM wanted JOIN trials ON id = column1 JOIN folds ON trial = number"
+_FIND_TRIALS = (
+    "SELECT id, number, fold, until_ns FROM wanted JOIN trials ON id = column1 JOIN folds ON trial = number"
+)
 _FIND_SUBJECTS = "SELECT subject, fold FROM wanted JOIN subjects ON subject = column1"
 _FIND_SERIES = """
     SELECT trial, name, number, count, open FROM wanted JOIN series ON trial = column1 AND name = column2
@@ -48,28 +52,29 @@ _PUT_TRIALS = """
     INSERT OR REPLACE INTO trials
     (number, id, project, grp, name, status, tags, created_ns, events, position, state) VALUES
 """
-_PUT_FOLDS = "INSERT OR REPLACE INTO folds (trial, fold) VALUES"
+_PUT_FOLDS = "INSERT OR REPLACE INTO folds (trial, until_ns, fold) VALUES"
 _PUT_SERIES = "INSERT OR REPLACE INTO series (number, trial, name, count, open) VALUES"
 _PUT_CHUNKS = "INSERT OR REPLACE INTO chunks (number, points) VALUES"
 _PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, fold) VALUES"
 _SNAPSHOT = """
-    INSERT OR REPLACE INTO snapshots (trial, position, fold)
-    SELECT number, ?1, fold FROM trials JOIN folds ON trial = number
+    INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
+    SELECT number, ?1, until_ns, fold FROM trials JOIN folds ON trial = number
     WHERE position > ?1 - ?2 AND events >= ?2 / ?3
 """
 _SNAPSHOT_ONE = """
-    INSERT OR REPLACE INTO snapshots (trial, position, fold)
-    SELECT number, ?1, fold FROM trials JOIN folds ON trial = number
+    INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
+    SELECT number, ?1, until_ns, fold FROM trials JOIN folds ON trial = number
     WHERE id = ?4 AND position > ?1 - ?2 AND events >= ?2 / ?3
 """
 
 
 class _Trial:
-    """A trial in memory: its number, its fold, and the points that wait to be written, one mapping a fold."""
+    """A trial in memory: its number, its fold, its latest time, and the points that wait, a mapping for each fold."""
 
-    def __init__(self, number: int, state: TrialFold) -> None:
+    def __init__(self, number: int, state: TrialFold, until_ns: int) -> None:
         self.number = number
         self.fold = state
+        self.until_ns = until_ns
         self.points: list[dict[str, Points]] = []
 
 
@@ -147,6 +152,8 @@ class Folding:
             if subject.startswith("t/"):
                 trial = self._trials[subject[2:]]
                 points = fold(trial.fold, parts)
+                latest = max([max(map(itemgetter(0), part.items)) for part in parts])
+                trial.until_ns = max(trial.until_ns, latest)
                 if points and self._keep_points:
                     trial.points.append(points)
                     self._points += sum(map(len, points.values()))
@@ -165,13 +172,13 @@ class Folding:
         trials = sorted(
             subject[2:] for subject in subjects if subject[0] == "t" and subject[2:] not in self._trials
         )
-        for trial, number, data in find(self._db, _FIND_TRIALS, [(trial,) for trial in trials]):
-            self._trials[trial] = _Trial(number, decode_fold(trial, data))
+        for trial, number, data, until_ns in find(self._db, _FIND_TRIALS, [(trial,) for trial in trials]):
+            self._trials[trial] = _Trial(number, decode_fold(trial, data), until_ns)
             self._pace.breathe()
         for trial in trials:
             if trial not in self._trials:
                 self._last_trial += 1
-                self._trials[trial] = _Trial(self._last_trial, TrialFold.new(trial))
+                self._trials[trial] = _Trial(self._last_trial, TrialFold.new(trial), EVER)
 
     def _write_trials(self) -> None:
         rows, folds = [], []
@@ -182,42 +189,47 @@ class Folding:
                 trial.number, state.id, state.project, state.group, state.name, state.status, tags,
                 state.created_ns, state.events, state.position, with_crc(encode_state(state)),
             ))  # fmt: skip
-            folds.append((trial.number, with_crc(trial.fold.encode())))
+            folds.append((trial.number, trial.until_ns, with_crc(trial.fold.encode())))
             self._pace.breathe()
         put(self._db, _PUT_TRIALS, rows)
         put(self._db, _PUT_FOLDS, folds)
 
     def _write_points(self) -> None:
         self._points = 0
-        wanted = [(trial.number, name) for trial in self._trials.values() for name in _names(trial.points)]
+        group: list[tuple[_Trial, list[str]]] = []
+        size = 0
+        for trial in self._trials.values():
+            names = list({name: None for part in trial.points for name in part})
+            group.append((trial, names))
+            size += len(names)
+            if size > WAITING_SERIES:
+                self._write_series(group)
+                group, size = [], 0
+        self._write_series(group)
+
+    def _write_series(self, group: list[tuple[_Trial, list[str]]]) -> None:
+        wanted = [(trial.number, name) for trial, names in group for name in names]
         known = {
             (trial, name): (number, count, data)
             for trial, name, number, count, data in find(self._db, _FIND_SERIES, wanted)
         }
-        series: list[Sequence[Any]] = []
-        chunks: list[Sequence[Any]] = []
-        for trial in self._trials.values():
+        series: list[tuple[Any, ...]] = []
+        chunks: list[tuple[Any, ...]] = []
+        for trial, names in group:
             packer = Packer()
-            joined: dict[tuple[int, ...], list[Any]] = {}
-            for name in _names(trial.points):
+            for name in names:
                 number, count, data = known.get((trial.number, name)) or (self._new_series(), 0, None)
-                points = _join([part[name] for part in trial.points if name in part], joined)
-                open_chunk = open_of(count, data)
-                data = None
-                for chunk in packer.extend(open_chunk, points):
-                    packed = encode_chunk(chunk)
-                    if chunk.count == CHUNK:
-                        chunks.append((chunk_number(number, count // CHUNK), packed))
-                    else:
-                        data = packed
-                    count = count // CHUNK * CHUNK + chunk.count
-                series.append((number, trial.number, name, count, data))
+                opened = open_of(count, data)
+                full = count // CHUNK
+                for part in trial.points:
+                    for chunk in packer.extend(opened, part[name]) if name in part else ():
+                        opened = chunk
+                        if chunk.count == CHUNK:
+                            chunks.append((chunk_number(number, full), encode_chunk(chunk)))
+                            full, opened = full + 1, None
+                left, data = (0, None) if opened is None else (opened.count, encode_chunk(opened))
+                series.append((number, trial.number, name, full * CHUNK + left, data))
                 self._pace.breathe()
-            if len(chunks) + len(series) > WAITING_ROWS:
-                put(self._db, _PUT_CHUNKS, chunks)
-                put(self._db, _PUT_SERIES, series)
-                chunks.clear()
-                series.clear()
         put(self._db, _PUT_CHUNKS, chunks)
         put(self._db, _PUT_SERIES, series)
 
@@ -276,27 +288,3 @@ def decode_subject(subject: str, data: bytes) -> SubjectFold:
     """Read a group's or project's fold. Raises DamagedView."""
     with undamaged():
         return SubjectFold.decode(subject, without_crc(data))
-
-
-def _names(points: Iterable[dict[str, Points]]) -> Iterable[str]:
-    return {name: None for part in points for name in part}
-
-
-def _join(parts: list[Points], joined: dict[tuple[int, ...], list[Any]]) -> Points:
-    """Put the points of several folds together; columns that metrics share stay shared."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def column(columns: list[list[Any]]) -> list[Any]:
-        key = tuple(map(id, columns))
-        if key not in joined:
-            joined[key] = [element for part in columns for element in part]
-        return joined[key]
-
-    return Points(
-        [value for part in parts for value in part.values],
-        column([part.steps for part in parts]),
-        column([part.epochs for part in parts]),
-        column([part.times_ns for part in parts]),
-        column([part.sequences for part in parts]),
-    )

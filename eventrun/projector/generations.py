@@ -28,6 +28,7 @@ LOCK_WAIT_S = (
     60.0  # how long one rebuild waits for another; after that both go on, each to a generation of its own
 )
 CACHE_BYTES = 32 << 20
+WAL_BYTES = 16 << 20  # what is left of a write-ahead file that has grown
 
 _SET_META = "INSERT INTO meta (name, value) VALUES (?, ?)"
 _GET_META = "SELECT name, value FROM meta"
@@ -211,6 +212,7 @@ def _make_tables(db: sqlite3.Connection, token: str) -> None:
 
 def _set_up(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
     db.execute(f"PRAGMA cache_size = {-CACHE_BYTES // 1024}")
 
 

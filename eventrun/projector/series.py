@@ -7,11 +7,13 @@ Chunks are cut by count alone and a column's form follows from its elements alon
 many points came at a time. NaN, -0.0, ints of 64 bits, text and None come back as they were.
 """
 
+import struct
 import sys
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import countOf
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
@@ -25,9 +27,6 @@ INTS: Final = "q"
 BOOLS: Final = "b"
 RANGE: Final = "r"
 MIXED: Final = "m"
-
-_INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
-_BIG_ENDIAN = sys.byteorder == "big"
 
 
 class DamagedView(Exception):  # never seen outside: views heal
@@ -104,28 +103,48 @@ def decode_chunk(data: bytes) -> Chunk:
 
 
 def pack(elements: Sequence[Any]) -> Column:
-    """Pack a column in the one form that its elements have."""
-    kinds = set(map(type, elements))
-    if kinds == {float}:
-        return Column(FLOATS, data=_to_bytes(array("d", elements)))
-    if kinds == {int}:
+    """Pack a column, which isn't empty, in the one form that its elements have."""
+    kind = _one_type(elements)
+    if kind is float:
+        return Column(FLOATS, data=_floats(elements))
+    if kind is int:
         return _pack_ints(elements)
-    if kinds == {bool}:
+    if kind is bool:
         return Column(BOOLS, data=bytes(elements))
-    if kinds <= {type(None)}:
+    if kind is type(None):
         return Column(NONE)
     return Column(MIXED, data=_encoder.encode(elements))
+
+
+def _one_type(elements: Sequence[Any]) -> type | None:
+    """Return the type of all elements, None if they have several."""
+    kind = type(elements[0])
+    return kind if countOf(map(type, elements), kind) == len(elements) else None
+
+
+def _floats(elements: Sequence[float]) -> bytes:
+    # struct takes a third of the time of array("d", elements)
+    return struct.pack(f"<{len(elements)}d", *elements)
+
+
+def _ints(elements: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(elements)}q", *elements)
+
+
+def _fits(number: int) -> bool:
+    return -(2**63) <= number < 2**63
 
 
 def _pack_ints(elements: Sequence[int]) -> Column:
     start, last, count = elements[0], elements[-1], len(elements)
     step = elements[1] - start if count > 1 else 0
-    if not _INT_MIN <= min(elements) <= max(elements) <= _INT_MAX:
-        return Column(MIXED, data=_encoder.encode(elements))
-    if last == start + step * (count - 1) and list(elements) == list(_arithmetic(start, step, count)):
-        if _INT_MIN <= step <= _INT_MAX:
+    if last == start + step * (count - 1) and _fits(start) and _fits(last) and _fits(step):
+        if list(elements) == list(_arithmetic(start, step, count)):
             return Column(RANGE, start, step)
-    return Column(INTS, data=_to_bytes(array("q", elements)))
+    try:
+        return Column(INTS, data=_ints(elements))
+    except struct.error:  # beyond int64
+        return Column(MIXED, data=_encoder.encode(elements))
 
 
 def _arithmetic(start: int, step: int, count: int) -> Sequence[int]:
@@ -137,11 +156,11 @@ def unpack(column: Column, count: int) -> Sequence[Any]:
     kind = column.kind
     if kind == "d" or kind == "q":
         return to_array(kind, column.data)
-    if kind == RANGE:
+    if kind == "r":
         return _arithmetic(column.start, column.step, count)
-    if kind == NONE:
+    if kind == "n":
         return [None] * count
-    if kind == BOOLS:
+    if kind == "b":
         return list(map(bool, column.data))
     return msgspec.msgpack.decode(column.data, type=list[Any])
 
@@ -150,33 +169,27 @@ def to_array(kind: Literal["d", "q"], data: bytes) -> "array[Any]":
     """Make an array of little-endian bytes."""
     elements: array[Any] = array(kind)
     elements.frombytes(data)
-    if _BIG_ENDIAN:
+    if sys.byteorder == "big":
         elements.byteswap()
     return elements
 
 
-def _to_bytes(elements: "array[Any]") -> bytes:
-    if _BIG_ENDIAN:
-        elements.byteswap()
-    return elements.tobytes()
-
-
 def _longer(column: Column, count: int, elements: Sequence[Any]) -> Column:
     """Pack what `column` holds followed by `elements`; the common cases without unpacking it."""
-    kinds = set(map(type, elements))
-    if column.kind == FLOATS and kinds == {float}:
-        return Column(FLOATS, data=column.data + _to_bytes(array("d", elements)))
-    if column.kind == INTS and kinds == {int}:
-        try:
-            return Column(INTS, data=column.data + _to_bytes(array("q", elements)))
-        except OverflowError:  # beyond int64
-            pass
-    if column.kind == RANGE and kinds == {int} and count > 1:
-        first = column.start + column.step * count
-        if list(elements) == list(_arithmetic(first, column.step, len(elements))):
-            return column
-    if column.kind == NONE and kinds == {type(None)}:
+    old, new = column.kind, _one_type(elements)
+    if old == FLOATS and new is float:
+        return Column(FLOATS, data=column.data + _floats(elements))
+    if old == NONE and new is type(None):
         return column
+    if old == INTS and new is int:
+        try:
+            return Column(INTS, data=column.data + _ints(elements))
+        except struct.error:  # beyond int64
+            pass
+    if old == RANGE and new is int and count > 1:
+        first = column.start + column.step * count
+        if list(elements) == list(_arithmetic(first, column.step, len(elements))) and _fits(elements[-1]):
+            return column
     return pack([*unpack(column, count), *elements])
 
 

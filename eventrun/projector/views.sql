@@ -35,9 +35,10 @@ CREATE INDEX trials_by_name ON trials (name);
 CREATE INDEX trials_by_group ON trials (project, grp, created_ns, id);
 CREATE INDEX trials_by_position ON trials (position);
 
--- What is needed to go on folding a trial; apart from `trials`, because listings never read it.
+-- What is needed to go on folding a trial, and the latest time of its events; apart from `trials`, because listings never read it.
 CREATE TABLE folds (
     trial INTEGER PRIMARY KEY,
+    until_ns INTEGER NOT NULL,
     fold BLOB NOT NULL
 );
 
@@ -45,6 +46,7 @@ CREATE TABLE folds (
 CREATE TABLE snapshots (
     trial INTEGER NOT NULL,
     position INTEGER NOT NULL,
+    until_ns INTEGER NOT NULL,
     fold BLOB NOT NULL,
     PRIMARY KEY (trial, position)
 );

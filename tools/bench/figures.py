@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +99,8 @@ def benchmark(name: str) -> Callable[[Function], Function]:
     return register
 
 
-class NeedsFolder(Exception):
-    """This benchmark looks at a store's files, or reads in one process what another has written."""
+class LeftOut(Exception):
+    """This benchmark isn't part of such a run; the message says why."""
 
 
 class Run:
@@ -138,7 +138,7 @@ class Run:
     def prepared(self, function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
         """Return the URL of a store that `function(URL, ...)` filled, once for all benchmarks, and what it returned."""
         if self._url is not None:
-            raise NeedsFolder("needs a store in a folder")
+            raise LeftOut("it needs a store in a folder, which one process writes and another reads")
         key = (function, arguments)
         if key not in self._prepared:
             url = str(Path(tempfile.mkdtemp(dir=self.folder)) / "runs")
@@ -146,7 +146,7 @@ class Run:
         return self._prepared[key]
 
 
-def interleaved(rounds: int, contenders: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+def interleaved(rounds: int, contenders: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
     """Measure A B C, A B C, ...: what the machine does meanwhile befalls all alike."""
     results: dict[str, list[Any]] = {name: [] for name in contenders}
     for _ in range(rounds):

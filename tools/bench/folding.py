@@ -7,7 +7,7 @@ from time import perf_counter as now
 
 from figures import Figure, Run, benchmark, interleaved
 from fresh import fresh
-from workloads import record_noisy, warm
+from workloads import noisy_events, record_noisy, warm
 
 import eventrun
 from eventrun.codec import items_of
@@ -44,7 +44,7 @@ def rebuild(url: str) -> float:
 @benchmark("fold")
 def fold(run: Run) -> Iterator[Figure]:
     """client.rebuild() of a log of three scalars per event, with and without numpy."""
-    events = run.size(200_000, 1_000_000)
+    events = noisy_events(run)
     url, _ = run.prepared(record_noisy, events)
     warm(url)
     with run.place() as folder:

@@ -19,14 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(1, str(ROOT))  # eventrun may not be installed here
 
-import figures  # noqa: E402
-from figures import BENCHMARKS, Figure, NeedsFolder, Run  # noqa: E402
+from figures import BENCHMARKS, Figure, LeftOut, Run, short  # noqa: E402
 from fresh import ChildFailed  # noqa: E402
 
 GROUPS = (
@@ -70,7 +70,7 @@ def measure(run: Run, names: list[str], about: dict[str, Any], out: Any) -> int:
             for figure in BENCHMARKS[name](run):
                 print(json.dumps({**figure.to_dict(), **about}), file=out, flush=True)
                 measured.append(figure)
-        except NeedsFolder as reason:
+        except LeftOut as reason:
             say(f"{name}: left out, {reason}")
             continue
         except (ChildFailed, subprocess.CalledProcessError) as error:
@@ -215,7 +215,7 @@ def table(measured: list[Figure]) -> str:
         mark = {True: "reached", False: "MISSED", None: ""}[figure.met]
         rows.append((figure.name, number(figure.median), figure.unit, spread, ratio, figure.target, mark))
         for name, values in figure.beside.items():
-            middle = figures.median(values)
+            middle = median(values)
             rows.append((f"  {name}", number(middle), figure.unit, "", "", "", ""))
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     right = (1, 4)  # numbers
@@ -228,7 +228,7 @@ def table(measured: list[Figure]) -> str:
 
 
 def number(value: float) -> str:
-    return f"{figures.short(value):,}"
+    return f"{short(value):,}"
 
 
 if __name__ == "__main__":

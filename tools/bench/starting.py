@@ -5,7 +5,7 @@ These programs are texts, since fresh.py has imported a part of what eventrun ne
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter as now
@@ -56,8 +56,12 @@ def import_eventrun(run: Run) -> Iterator[Figure]:
     """`import eventrun` in a new process."""
     program = partial(_python, "-c", IMPORT)
     program()  # compiles what has changed
-    contenders = {"import": program, "python -c pass, whole": _bare}
-    contenders["import, whole process"] = partial(_whole, [sys.executable, "-c", "import eventrun"])
+    whole = partial(_whole, [sys.executable, "-c", "import eventrun"])
+    contenders: dict[str, Callable[[], float]] = {
+        "import": program,
+        "python -c pass": _bare,
+        "whole process": whole,
+    }
     results = interleaved(run.rounds(7, 21), contenders)
     yield Figure("import", "ms", results.pop("import"), results, at_most=100)
 

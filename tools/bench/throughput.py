@@ -9,7 +9,7 @@ from time import perf_counter as now
 import msgspec
 from figures import Figure, Run, benchmark, column, interleaved
 from log_call import encode_and_write
-from workloads import SCALARS, noisy, params, record_noisy
+from workloads import SCALARS, noisy, noisy_events, params, record_noisy
 
 import eventrun
 from eventrun.events import MetricsLogged
@@ -87,12 +87,12 @@ def durable_1000(run: Run) -> Iterator[Figure]:
 @benchmark("bytes")
 def bytes_per_scalar(run: Run) -> Iterator[Figure]:
     """Size of log.db after close, without VACUUM, for each scalar of noisy doubles."""
-    events = run.size(200_000, 1_000_000)
+    events = noisy_events(run)
     url, _ = run.prepared(record_noisy, events)
     scalars = SCALARS * events
     loss, acc, lr = noisy()[0]
     item = msgspec.msgpack.encode((1 << 60, MetricsLogged({"loss": loss, "acc": acc, "lr": lr}, events // 2)))
-    sizes = {path.name: path.stat().st_size for path in Path(url).iterdir() if path.is_file()}
+    sizes = {path.name: path.stat().st_size for path in Path(url).glob("log.db*")}
     beside = {"as encoded": [len(item) / SCALARS]}
     beside |= {name: [size / scalars] for name, size in sorted(sizes.items()) if name != "log.db"}
     yield Figure(

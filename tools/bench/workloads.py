@@ -1,8 +1,10 @@
 """What is recorded: noisy doubles, and trials as the figures describe them. Called in children."""
 
 import random
-from itertools import cycle, islice
+from collections.abc import Iterator
 from pathlib import Path
+
+from figures import Run
 
 import eventrun
 
@@ -10,34 +12,42 @@ SCALARS = 3  # in an event
 READ_AHEAD = 1 << 20
 
 
-def noisy(seed: int = 0) -> list[tuple[float, float, float]]:
-    """Return 4096 times (loss, acc, lr), in doubles whose every bit is used; go round with `i & 4095`."""
-    noise = random.Random(seed)
-    return [(noise.gauss(1, 0.1), noise.random(), noise.random() * 1e-3) for _ in range(4096)]
+def noise(count: int) -> Iterator[tuple[float, float, float]]:
+    """Yield (loss, acc, lr) so many times, in doubles whose every bit is used."""
+    source = random.Random(0)
+    for _ in range(count):
+        yield source.gauss(1, 0.1), source.random(), source.random() * 1e-3
+
+
+def noisy() -> list[tuple[float, float, float]]:
+    """Return 4096 values, made before time is taken; go round with `i & 4095`."""
+    return list(noise(4096))
+
+
+def noisy_events(run: Run) -> int:
+    """Return how many events the log has that is measured, folded and read; from 500,000 on a fold loads numpy."""
+    return run.size(600_000, 1_000_000)
 
 
 def record_noisy(url: str, events: int) -> str:
-    """Record one trial with so many events of three scalars, let the views catch up, and return its id."""
-    values = cycle(noisy())
+    """Record one trial with so many events of three scalars and return its id."""
     with eventrun.open(url, quiet=True) as client, client.trial("bench", name="noisy") as trial:
-        for step, (loss, acc, lr) in enumerate(islice(values, events)):
+        for step, (loss, acc, lr) in enumerate(noise(events)):
             trial.log(loss=loss, acc=acc, lr=lr, step=step)
-    catch_up(url)
     return trial.id
 
 
 def record_trials(url: str, count: int) -> int:
-    """Record trials with 20 params, 10 metrics and 3 tags each, let the views catch up, and return their number."""
-    noise = random.Random(0)
+    """Record trials with 20 params, 10 metrics and 3 tags each and return their number."""
+    source = random.Random(0)
     with eventrun.open(url, quiet=True, close_timeout_s=600) as client:
         for number in range(count):
             tags = ["baseline", f"seed-{number % 10}", f"host-{number % 7}"]
             with client.trial("bench", group=f"g{number % 10}", params=params(number), tags=tags) as trial:
                 for step in range(2):
-                    trial.log({f"metric_{i}": noise.random() for i in range(10)}, step=step)
+                    trial.log({f"metric_{i}": source.random() for i in range(10)}, step=step)
             if number % 1000 == 999:
                 client.flush().result()
-    catch_up(url)
     return count
 
 
@@ -47,7 +57,7 @@ def params(number: int) -> dict[str, float | str]:
 
 
 def catch_up(url: str) -> None:
-    """Let the views catch up with the log."""
+    """Let the views of a store catch up with its log."""
     with eventrun.open(url, quiet=True) as client:
         list(client.trials(limit=1))
 

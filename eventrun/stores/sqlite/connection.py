@@ -66,7 +66,8 @@ class Log:
             if _code(error) != sqlite3.SQLITE_BUSY:
                 self.close()
             raise store_error(error, self.file) from error
-        except OverflowError as error:  # a flipped bit in a number
+        except (OverflowError, UnicodeDecodeError) as error:  # a flipped bit in a number, in the schema's text
+            self.close()
             raise LogDamaged(
                 f"{self.file} is damaged: {error}; restore a backup", (str(self.file),)
             ) from error
@@ -240,6 +241,7 @@ class Courier:
         return await _on_thread(connection, lambda: self._log.run(job))
 
     async def _open(self) -> aiosqlite.Connection:
+        import asyncio
         import logging
 
         import aiosqlite
@@ -255,6 +257,8 @@ class Courier:
             return await connection
         except BaseException:
             self._opening = None
+            while thread.is_alive():  # its last word would find a closed loop
+                await asyncio.sleep(0.001)
             raise
 
     async def aclose(self) -> None:

@@ -1,0 +1,277 @@
+"""`eventrun doctor`: how the store and this machine are. Looks only: it recovers, folds and changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eventrun.cli import terminal
+from eventrun.cli.opening import store_folder, store_url
+from eventrun.cli.verbs import Command
+from eventrun.clock import monotonic_ns, time_ns
+from eventrun.errors import EventrunError
+from eventrun.journal import DAMAGED_SUFFIX, can_map, dead_writers
+from eventrun.journal.segments import LOCK_NAME, owner
+from eventrun.summary import Column, amount, duration, local_time, near, size
+
+CLOCK_SLACK_S = 60.0  # how far ahead of this clock the newest event may be
+FIRST_SANE_NS = 1_700_000_000 * 10**9  # November 2023: eventrun is younger
+
+PROMISES = {
+    "crash_safe": "crash_safe: an event survives a kill of the process as soon as its log call returns",
+    "accepted": "accepted: an event is in memory until its batch is in the log, so a kill may cost the last of them",
+}
+
+Finding = tuple[str, Any, str]  # a name for programs, a value for programs, a text for people
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Look at everything; 1 when something is wrong."""
+    url = store_url(arguments)
+    folder = store_folder(url)
+    problems: list[str] = []
+    findings = [("store", url if folder is None else str(folder.absolute()), "")]
+    findings += [
+        *_store(url, folder, problems),
+        *_journals(folder, problems),
+        *_disk(folder),
+        *_clock(problems),
+    ]
+    findings += _versions()
+    if arguments.json:
+        terminal.show_json({name: value for name, value, _ in findings} | {"problems": problems})
+    else:
+        rows = [[name.replace("_", " "), text or str(value)] for name, value, text in findings]
+        terminal.table([Column("", style="dim"), Column("", cut=True)], rows, titles=False)
+        print()
+        for problem in problems or ["no problem found"]:
+            print(problem)
+    return 1 if problems else 0
+
+
+# the store -----------------------------------------------------------------------------------------------------
+
+
+def _store(url: str, folder: Path | None, problems: list[str]) -> Iterator[Finding]:
+    if folder is None:
+        yield "kind", "memory", "memory: it ends with its process"
+        return
+    yield "kind", "sqlite", "a folder with an SQLite database"
+    if not (folder / "log.db").exists():
+        problems.append(
+            f"there is no log in {near(folder)}: nothing was recorded there; to make one: eventrun demo"
+        )
+        return
+    try:
+        yield from _log(url, problems)
+    except EventrunError as error:
+        problems.append(str(error))
+    files = {name: _bytes_of(folder.glob(name)) for name in ("log.db", "log.db-wal", "views*", "files/**/*")}
+    shown = [f"{size(count)} in {name.removesuffix('/**/*')}" for name, count in files.items() if count]
+    yield "sizes", files, ", ".join(shown)
+
+
+def _log(url: str, problems: list[str]) -> Iterator[Finding]:
+    import asyncio
+
+    end, newest_ns, lost, version = asyncio.run(_ask(url))
+    yield "format", version, ""
+    newest = "" if newest_ns is None else f", the newest of {local_time(newest_ns)}"
+    yield "events", end, f"{end:,}{newest}"
+    if lost is not None:
+        problems.append(
+            f"the log once went up to position {lost[0]:,} and ends at {lost[1]:,} now: its tail is lost; "
+            "restore log.db from a backup, or go on with what is left"
+        )
+    if newest_ns is not None and newest_ns > time_ns() + CLOCK_SLACK_S * 1e9:
+        ahead = duration((newest_ns - time_ns()) / 1e9)
+        problems.append(
+            f"the newest event is {ahead} ahead of this machine's clock: one of the clocks is wrong"
+        )
+
+
+async def _ask(url: str) -> tuple[int, int | None, tuple[int, int] | None, int | None]:
+    from eventrun.stores import open_store
+
+    store = open_store(url, create=False)
+    try:
+        end = await store.end()
+        last = await store.read(end - 1) if end else []
+        lost_tail = getattr(store, "lost_tail", None)
+        lost = None if lost_tail is None else await lost_tail()
+    finally:
+        await store.aclose()
+    if not last:
+        return end, None, lost, None
+    return end, last[-1].batch.header.last_ns, lost, last[-1].batch.header.version
+
+
+def _bytes_of(files: Iterator[Path]) -> int:
+    total = 0
+    for file in files:
+        try:
+            total += file.stat().st_size if file.is_file() else 0
+        except OSError:  # gone meanwhile
+            pass
+    return total
+
+
+# journals ------------------------------------------------------------------------------------------------------
+
+
+def _journals(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
+    journals = None if folder is None else folder / "journals"
+    if journals is None or not journals.is_dir():
+        return
+    dead = set()
+    for path, descriptor in dead_writers(journals):
+        os.close(descriptor)  # the lock is given back at once: nothing is recovered here
+        dead.add(path)
+    found = [_journal(path, path in dead) for path in sorted(journals.iterdir()) if path.is_dir()]
+    states = Counter(each["state"] for each in found)
+    shown = ", ".join(f"{count} {state}" for state, count in states.items()) or "none: no process writes now"
+    yield "journals", found, shown
+    for each in found:
+        age = f"begun {duration(each['age_s'])} ago"
+        yield f"journal_{each['writer']}", each, f"{each['state']}, {size(each['bytes'])}, {age}{each['who']}"
+        if each["state"] == "damaged":
+            problems.append(
+                f"{near(journals / each['folder'])} holds what could not be recovered: "
+                "keep a copy of it, then remove it"
+            )
+    if dead:
+        left = amount(len(dead), "killed writer")
+        problems.append(
+            f"{left} left a journal: `eventrun ls`, or whatever opens the store next, takes it in"
+        )
+
+
+def _journal(path: Path, dead: bool) -> dict[str, Any]:
+    known = _owner(path)
+    if path.name.endswith(DAMAGED_SUFFIX):
+        state = "damaged"
+    elif dead:
+        state = "of a killed writer"
+    elif known.get("host") not in (None, owner()["host"]):
+        state = "of another host"
+    else:
+        state = "live" if known else "without a lock"
+    try:
+        begun_ns = (path / LOCK_NAME).stat().st_mtime_ns
+    except OSError:
+        begun_ns = path.stat().st_mtime_ns
+    who = f", process {known.get('pid')} on {known.get('host')}" if known else ""
+    return {
+        "writer": path.name.removesuffix(DAMAGED_SUFFIX),
+        "folder": path.name,
+        "state": state,
+        "bytes": _bytes_of(path.iterdir()),
+        "age_s": max(time_ns() - begun_ns, 0) / 1e9,
+        "owner": known,
+        "who": who,
+    }
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / LOCK_NAME).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# the machine ---------------------------------------------------------------------------------------------------
+
+
+def _disk(folder: Path | None) -> Iterator[Finding]:
+    if folder is None:
+        return
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    mapped = can_map(there)
+    kind = _file_system(there)
+    trusted = "journals are mapped files" if mapped else "not one whose mapped files can be trusted"
+    yield "file_system", kind, f"{kind or 'unknown'}: {trusted}"
+    promise = "crash_safe" if mapped else "accepted"
+    yield "log_calls", promise, PROMISES[promise]
+    usage = os.statvfs(there) if hasattr(os, "statvfs") else None
+    if usage is not None:
+        yield "free_space", usage.f_bavail * usage.f_frsize, size(usage.f_bavail * usage.f_frsize)
+
+
+def _file_system(path: Path) -> str | None:
+    """Name the file system that a path lies on (Linux)."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    best, kind = "", None
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        mount = before.split()[4].encode().decode("unicode_escape")
+        inside = path.is_relative_to(mount)
+        if inside and len(mount) >= len(best):
+            best, kind = mount, after.split()[0]
+    return kind
+
+
+def _clock(problems: list[str]) -> Iterator[Finding]:
+    now, before = time_ns(), monotonic_ns()
+    while (after := monotonic_ns()) == before:  # at most a tick, 16 ms on old Windows
+        pass
+    yield "clock", now, f"{local_time(now)}, durations to {after - before:,} ns"
+    if now < FIRST_SANE_NS:
+        problems.append(f"this machine's clock says {local_time(now)}: set it, or events are dated wrongly")
+
+
+def _versions() -> Iterator[Finding]:
+    import sqlite3
+
+    packages = {name: _version(name) for name in ("eventrun", "anyio", "msgspec", "aiosqlite", "PyYAML")}
+    versions = {"python": sys.version.split()[0], "sqlite": sqlite3.sqlite_version, **packages}
+    yield (
+        "versions",
+        versions,
+        ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
+    )
+    extras = {extra: missing for extra, missing in _extras().items() if missing}
+    shown = ", ".join(f"{extra} ({' '.join(packages)})" for extra, packages in extras.items())
+    advice = f"; to add one: pip install 'eventrun[{next(iter(extras))}]'" if extras else ""
+    yield "missing_extras", extras, (shown or "none") + advice
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _extras() -> dict[str, list[str]]:
+    """Return the packages that each extra would add, by the metadata of the installed eventrun."""
+    missing: dict[str, list[str]] = {}
+    try:
+        requirements = metadata.requires("eventrun") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    for requirement in requirements:
+        needed, _, condition = requirement.partition(";")
+        if "extra ==" in condition:
+            package = needed.strip().partition("[")[0]
+            name = "".join(c if c.isalnum() or c in "-_." else " " for c in package).split()[0]
+            extra = condition.partition("extra ==")[2].strip(" \"')")
+            missing.setdefault(extra, []).extend([] if _version(name) else [name])
+    return missing
+
+
+COMMANDS = {"doctor": Command(_arguments, doctor)}
