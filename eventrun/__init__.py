@@ -1,14 +1,14 @@
 """eventrun: an asynchronous, event-sourced logger for training code.
 
-    with eventrun.open("runs") as client, client.trial("mnist") as trial:
-        trial.log(loss=0.3, step=1)
+with eventrun.open("runs") as client, client.trial("mnist") as trial:
+    trial.log(loss=0.3, step=1)
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from eventrun.client import Client, Past, current_trial, open
+from eventrun.client import Client, Past, current_trial, open  # noqa: A004 - the documented name
 from eventrun.errors import (
     AlreadyFinished,
     Ambiguous,

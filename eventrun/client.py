@@ -22,13 +22,21 @@ from eventrun.recorder import Recorder, Statistics
 from eventrun.recovery import RecoveryReport
 from eventrun.stores import open_store
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
-from eventrun.trial import ID_ALPHABET, ID_LENGTH, Trial, active_trial, checked_name, creation_events, default_name, new_id
+from eventrun.trial import (
+    ID_ALPHABET,
+    ID_LENGTH,
+    Trial,
+    active_trial,
+    checked_name,
+    creation_events,
+    default_name,
+    new_id,
+)
 
 if TYPE_CHECKING:
-    from eventrun.projections import Projection
-    from eventrun.projector import VerifyReport
     from eventrun.codec import StoredEvent
-    from eventrun.projections import GroupState, ProjectState, TrialState
+    from eventrun.projections import GroupState, Projection, ProjectState, TrialState
+    from eventrun.projector import VerifyReport
     from eventrun.query import Reader, Series
 
 LOOK_FOR_DEAD_WRITERS_S = 2.0  # how often readers look whether a writer was killed
@@ -59,13 +67,13 @@ class Client:
             folder=self.folder,
             linger_ms=settings.linger_ms,
             close_timeout_s=settings.close_timeout_s,
+            forked=self._forked,
         )
         self._readers: Reader | None = None
         self._trials: dict[str, Trial] = {}  # handles whose end is this client's business
         self._made: list[str] = []  # for the closing block
         self._known: set[str] = set()  # projects and groups that were recorded
         self._unknown: list[str] = []  # resumed ids that turned out not to exist
-        self._writer = self._recorder.writer
         self._looked_ns = 0
         self._closed = False
 
@@ -104,7 +112,7 @@ class Client:
             self._create_places(project, group)
         for event in events if resume is None else events[1:]:
             recording.record(event)
-        self._watch()
+        exits.watch(self)
         self._trials[trial_id] = trial
         self._made.append(trial_id)
         return trial
@@ -118,13 +126,13 @@ class Client:
                 self._known.add(subject)
                 self._recorder.stream(subject).record(event)
 
-    def _watch(self) -> None:
-        if self._writer != self._recorder.writer:  # after a fork: the parent's trials are the parent's to end
-            self._writer = self._recorder.writer
-            self._trials.clear()
-            self._made.clear()
-            self._readers = None
+    def _forked(self) -> object:
+        """In a fork's child: the parent's trials are the parent's to end, its connections not to be touched."""
+        self._trials.clear()
+        self._made.clear()
+        reader, self._readers = self._readers, None
         exits.watch(self)
+        return None if reader is None else (reader, reader.abandon())
 
     def trial_started(self, trial: Trial) -> None:
         """A trial tells that it runs."""
@@ -141,7 +149,9 @@ class Client:
 
     def _check_known(self, trial: Trial) -> None:
         if not self._reader().trial(trial.id).name:
-            raise NotFound(f"there is no trial {trial.id!r} to resume in {self.url}; `eventrun ls` lists what there is")
+            raise NotFound(
+                f"there is no trial {trial.id!r} to resume in {self.url}; `eventrun ls` lists what there is"
+            )
 
     def flush(self) -> Pending[None]:
         """Wait until all that was recorded before this call is durable."""
@@ -168,12 +178,18 @@ class Client:
         fresh: bool = True,
     ) -> Query[TrialState]:
         """Ask for trials. `order_by`: "created" (the default), "metrics.loss.last", "params.lr", ...; "-" reverses."""
-        chosen = dict(project=project, group=group, status=status, tag=tag, name=name, order_by=order_by, limit=limit)
-        return self._pages(fresh, lambda cursor: self._reader().trials(cursor, offset=offset, **chosen), 0)
+        chosen: dict[str, Any] = {
+            "project": project, "group": group, "status": status, "tag": tag, "name": name,
+            "order_by": order_by, "limit": limit,
+        }  # fmt: skip
+        return self._pages(
+            fresh, lambda cursor: self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen), 0
+        )
 
     def get(self, trial: TrialLike, *, fresh: bool = True) -> Pending[TrialState]:
         """Ask for one trial by id, unique prefix, name or "@latest". Raises NotFound, Ambiguous."""
-        return self._ask(fresh, lambda: self._reader().trial(_key(trial)))
+        key = _key(trial)
+        return self._ask(fresh, lambda: self._reader().trial(key, fresh=fresh))
 
     def history(
         self,
@@ -185,17 +201,20 @@ class Client:
         fresh: bool = True,
     ) -> Pending[Series]:
         """Ask for all points of one metric, or at most about `points` that keep extremes and ends. Raises NotFound."""
+        key = _key(trial)
         return self._ask(
-            fresh, lambda: self._reader().history(_key(trial), metric, points=points, between=between)
+            fresh, lambda: self._reader().history(key, metric, points=points, between=between, fresh=fresh)
         )
 
     def groups(self, project: str | None = None, *, fresh: bool = True) -> Query[GroupState]:
         """Ask for groups, with a summary of their trials."""
-        return self._pages(fresh, lambda cursor: self._reader().groups(cursor, project=project), 0)
+        return self._pages(
+            fresh, lambda cursor: self._reader().groups(cursor, project=project, fresh=fresh), 0
+        )
 
     def projects(self, *, fresh: bool = True) -> Query[ProjectState]:
         """Ask for projects, with a summary of their trials."""
-        return self._pages(fresh, lambda cursor: self._reader().projects(cursor), 0)
+        return self._pages(fresh, lambda cursor: self._reader().projects(cursor, fresh=fresh), 0)
 
     def events(
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None, fresh: bool = True
@@ -210,7 +229,9 @@ class Client:
         """Follow the log: events beyond `after` (None: from now on), for ever, as they become durable."""
         key = None if trial is None else _key(trial)
         start = -1 if after is None else after
-        return Query(lambda cursor: self._ask(True, lambda: self._reader().tail(cursor, trial=key)), start, poll_s)
+        return Query(
+            lambda cursor: self._ask(True, lambda: self._reader().tail(cursor, trial=key)), start, poll_s
+        )
 
     def at(self, *, position: int | None = None, time: Any = None) -> Past:
         """Go back: an object with the same read methods, as of a position of the log or a time.
@@ -219,9 +240,10 @@ class Client:
         """
         return Past(self, lambda: self._reader().at(position=position, time=time))
 
-    def rebuild(self, trial: TrialLike = None) -> Pending[None]:
-        """Fold the whole log (or one trial's part) anew, beside the old views, and switch to the result."""
-        return self._ask(True, lambda: self._reader().rebuild(None if trial is None else _key(trial)))
+    def rebuild(self, trial: TrialLike = None) -> Pending[int]:
+        """Fold the whole log anew beside the old views, or one trial's part; gives the position reached."""
+        key = None if trial is None else _key(trial)
+        return self._ask(True, lambda: self._reader().rebuild(key))
 
     def verify(self, *, views: bool = False) -> Pending[VerifyReport]:
         """Read everything and check it; with `views`, also fold everything anew and compare."""
@@ -233,7 +255,7 @@ class Client:
 
     def view(self, name: str, key: str = "", *, fresh: bool = True) -> Pending[Any]:
         """Ask for the state of a registered projection. Raises NotFound for a name that isn't registered."""
-        return self._ask(fresh, lambda: self._reader().view(name, key))
+        return self._ask(fresh, lambda: self._reader().view(name, key, fresh=fresh))
 
     def _ask(self, fresh: bool, question: Callable[[], T]) -> Pending[T]:
         self._check_open()
@@ -261,7 +283,9 @@ class Client:
     def _recover(self) -> RecoveryReport:
         report = self._portal.call(self._recorder.recover).result()
         for problem in report.problems:
-            warnings.warn(f"eventrun: a killed writer's journal is damaged: {problem}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"eventrun: a killed writer's journal is damaged: {problem}", RuntimeWarning, stacklevel=2
+            )
         return report
 
     def _reader(self) -> Reader:
@@ -269,7 +293,11 @@ class Client:
             from eventrun.query import Reader
 
             self._readers = Reader(
-                self.folder, read=self._read_log, end=self._end_of_log, gentle=lambda: not self._recorder.idle
+                self.folder,
+                read=self._read_log,
+                end=self._end_of_log,
+                gentle=lambda: not self._recorder.idle,
+                inspect=self._inspect,
             )
         return self._readers
 
@@ -282,6 +310,20 @@ class Client:
             return await store.read(after, subject=subject, limit_bytes=limit_bytes)
 
         return self._portal.call(read).result()
+
+    def _inspect(self) -> list[str]:
+        """What is wrong beyond the batches themselves: a lost tail, SQLite's own structure, damaged journals."""
+        found: list[str] = []
+        store = self._recorder.store
+        if (lost_tail := getattr(store, "lost_tail", None)) is not None:
+            lost = self._portal.call(lost_tail).result()
+            if lost is not None:
+                found.append(f"positions {lost[1] + 1}..{lost[0]} were in the log once and are lost")
+        if (check := getattr(store, "check", None)) is not None:
+            found += self._portal.call(check).result()
+        return found + [
+            f"{path} holds events that could not be taken in" for path in self._recorder.damaged()
+        ]
 
     def _end_of_log(self) -> int:
         return self._portal.call(self._recorder.store.end).result()
@@ -350,7 +392,13 @@ class Client:
 
     def _closing_block(self) -> str:
         stream = sys.stderr
-        if self.settings.quiet or os.environ.get("CI") or not self._made or stream is None or not stream.isatty():
+        if (
+            self.settings.quiet
+            or os.environ.get("CI")
+            or not self._made
+            or stream is None
+            or not stream.isatty()
+        ):
             return ""
         from eventrun.summary import closing_block
 
@@ -359,13 +407,12 @@ class Client:
     def _tell(self, left: int, block: str) -> None:
         if left:
             why = self._recorder.last_error or "the store didn't answer in time"
-            print(
+            _say(
                 f"eventrun: {left:,} events are not in the log yet ({why}); they are safe in "
-                f"{self.folder or 'memory'}/journals, and the next open of the store takes them in",
-                file=sys.stderr,
+                f"{self.folder or 'memory'}/journals, and the next open of the store takes them in"
             )
         if block:
-            print(block, file=sys.stderr)
+            _say(block)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -406,7 +453,8 @@ class Past:
 
     def get(self, trial: TrialLike) -> Pending[TrialState]:
         """Ask for one trial, as `Client.get`."""
-        return self._client._ask(True, lambda: self._at().trial(_key(trial)))
+        key = _key(trial)
+        return self._client._ask(True, lambda: self._at().trial(key))
 
     def history(
         self,
@@ -417,8 +465,9 @@ class Past:
         between: tuple[float, float] | None = None,
     ) -> Pending[Series]:
         """Ask for the points of one metric, as `Client.history`."""
+        key = _key(trial)
         return self._client._ask(
-            True, lambda: self._at().history(_key(trial), metric, points=points, between=between)
+            True, lambda: self._at().history(key, metric, points=points, between=between)
         )
 
     def groups(self, project: str | None = None) -> Query[GroupState]:
@@ -429,10 +478,14 @@ class Past:
         """Ask for projects, as `Client.projects`."""
         return self._client._pages(True, lambda cursor: self._at().projects(cursor), 0)
 
-    def events(self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None) -> Query[StoredEvent]:
+    def events(
+        self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None
+    ) -> Query[StoredEvent]:
         """Ask for events, as `Client.events`."""
         key = None if trial is None else _key(trial)
-        return self._client._pages(True, lambda cursor: self._at().events(cursor, trial=key, limit=limit), after)
+        return self._client._pages(
+            True, lambda cursor: self._at().events(cursor, trial=key, limit=limit), after
+        )
 
 
 def open(  # noqa: A001 - the documented name: eventrun.open
@@ -448,7 +501,10 @@ def open(  # noqa: A001 - the documented name: eventrun.open
     Cheap and without waiting; a missing folder is made unless `create` is False. Raises StoreUnavailable, InvalidValue.
     """
     settings = load_settings(
-        url=None if url is None else os.fspath(url), linger_ms=linger_ms, close_timeout_s=close_timeout_s, quiet=quiet
+        url=None if url is None else os.fspath(url),
+        linger_ms=linger_ms,
+        close_timeout_s=close_timeout_s,
+        quiet=quiet,
     )
     return Client(settings, create=create)
 
@@ -470,6 +526,11 @@ def current_trial() -> Trial | None:
         _default[url] = open(url)
     client = _default[url]
     return client._trials.get(named) or client.trial("joined", resume=named)
+
+
+def _say(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(text + "\n")
 
 
 def _key(trial: TrialLike) -> str:

@@ -37,6 +37,9 @@ _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode  # an item as (time_ns, event); the log call can't afford a function around it
 METRICS_TAG = str(MetricsLogged.__struct_config__.tag)
 _items = msgspec.msgpack.Decoder(list[Item])
+# What decoding any bytes may raise; the last two for text that isn't UTF-8, and for what is nested too deep.
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_LAST_SEQUENCE = 2**63 - 1
 _raw_items = msgspec.msgpack.Decoder(list[tuple[int, list[Any]]])
 
 
@@ -76,6 +79,7 @@ class Header(Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def stream(self) -> Stream:
+        """Whose batch this is."""
         return Stream(self.subject, self.writer)
 
     @property
@@ -108,28 +112,30 @@ def decode_items(payload: bytes, count: int) -> list[Item]:
     framed = b"".join((b"\xdd", count.to_bytes(4, "big"), payload))
     try:
         return _items.decode(framed)
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         return _decode_old_items(framed)
 
 
 def _decode_old_items(framed: bytes) -> list[Item]:
     try:
         raw = _raw_items.decode(framed)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise LogDamaged(f"these bytes are not events: {error}") from error
     return [(time_ns, _current(fields)) for time_ns, fields in raw]
 
 
 def _current(fields: list[Any]) -> Event:
     tag = fields[0] if fields else None
-    while isinstance(tag, str) and tag in UPCASTERS:
-        fields = UPCASTERS[tag](fields)
-        tag = fields[0]
-    if tag not in _KNOWN_TAGS:
-        raise FormatTooNew(f"the log holds events of kind {tag!r}, which this eventrun doesn't know: upgrade eventrun")
     try:
+        while isinstance(tag, str) and tag in UPCASTERS:
+            fields = UPCASTERS[tag](fields)
+            tag = fields[0]
+        if isinstance(tag, str) and tag not in _KNOWN_TAGS:
+            raise FormatTooNew(
+                f"the log holds events of kind {tag!r}, which this eventrun doesn't know: upgrade eventrun"
+            )
         return msgspec.convert(fields, Event)  # type: ignore[arg-type,return-value,no-any-return,unused-ignore]
-    except msgspec.ValidationError as error:
+    except (ValueError, TypeError) as error:  # msgspec's ValidationError is a ValueError; an upcaster may raise either
         raise LogDamaged(f"an event of kind {tag!r} is malformed: {error}") from error
 
 
@@ -169,15 +175,30 @@ def open_batch(frame: bytes) -> Batch:
     head = frame[2 : 2 + size]
     if len(frame) < size + 6 or zlib.crc32(head) != int.from_bytes(frame[2 + size : 6 + size], "big"):
         raise LogDamaged("a batch's header fails its checksum")
-    version = msgspec.msgpack.decode(head, type=list[Any])[0]
+    try:
+        header = _header.decode(head)
+    except _UNREADABLE as error:
+        _check_version(_version_of(head))
+        raise LogDamaged(f"a batch's header is malformed: {error}") from error
+    _check_version(header.version)
+    if header.first < 1 or header.count < 1 or header.writer < 0 or header.last > _LAST_SEQUENCE:
+        raise LogDamaged(f"a batch's header is malformed: {header}")
+    return Batch(header, frame)
+
+
+def _version_of(head: bytes) -> int:
+    try:
+        version = msgspec.msgpack.decode(head, type=list[Any])[0]
+    except (*_UNREADABLE, IndexError):
+        return 0
+    return version if isinstance(version, int) else 0
+
+
+def _check_version(version: int) -> None:
     if version > FORMAT_VERSION:
         raise FormatTooNew(
             f"a batch has format {version}, this eventrun reads up to {FORMAT_VERSION}: upgrade eventrun"
         )
-    try:
-        return Batch(_header.decode(head), frame)
-    except msgspec.DecodeError as error:
-        raise LogDamaged(f"a batch's header is malformed: {error}") from error
 
 
 def payload_of(batch: Batch) -> bytes:
@@ -224,7 +245,7 @@ def decode_envelope(data: bytes) -> list[Batch]:
         raise LogDamaged("this is not an envelope of batches")
     try:
         frames = msgspec.msgpack.decode(_unpack(data[2], data[3:]), type=list[bytes])
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise LogDamaged(f"an envelope is malformed: {error}") from error
     return [open_batch(frame) for frame in frames]
 
@@ -342,7 +363,9 @@ def plain(value: Any, what: str, _depth: int = 0) -> Any:
     try:
         return scalar(value, what)
     except InvalidType as error:
-        raise InvalidType(f"{what} is {_typename(value)}; it can't be stored: pass text, numbers, lists, mappings") from error
+        raise InvalidType(
+            f"{what} is {_typename(value)}; it can't be stored: pass text, numbers, lists, mappings"
+        ) from error
 
 
 def _key(key: Any, what: str) -> str:
@@ -411,16 +434,17 @@ def event_to_json(event: Event) -> dict[str, Any]:
 def event_from_json(mapping: dict[str, Any]) -> Event:
     """Undo `event_to_json`. Raises InvalidValue."""
     fields = dict(mapping)
-    kind = _KINDS.get(fields.pop("kind", ""))
+    name = fields.pop("kind", None)
+    kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise InvalidValue(f"{mapping.get('kind')!r} is not a kind of event; kinds are {', '.join(sorted(_KINDS))}")
     unknown = fields.keys() - set(kind.__struct_fields__)
     if unknown:
-        raise InvalidValue(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+        raise InvalidValue(f"{kind.__name__} has no field {min(unknown)!r}")
     try:
         made = kind(**{name: from_json(field) for name, field in fields.items()})
         return msgspec.msgpack.decode(_encoder.encode(made), type=kind)  # type: ignore[return-value,unused-ignore]
-    except (TypeError, OverflowError, msgspec.ValidationError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidValue(f"{kind.__name__}: {error}") from error
 
 

@@ -9,14 +9,14 @@ A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<gro
 
 from __future__ import annotations
 
-from typing import Any, Union, get_args
+from typing import Any, get_args
 from urllib.parse import quote, unquote
 
 from msgspec import Struct
 
 # A metric's value, and a step: what is kept exactly as it was given.
-Scalar = Union[float, int, bool, str, None]
-Step = Union[float, int, None]
+Scalar = float | int | bool | str | None
+Step = float | int | None
 # Plain data as in JSON, plus bytes: params, metadata, chart specifications, references.
 Plain = Any
 # An aggregator's name and its arguments, as chosen by the caller: ("ring", {"n": 10}).
@@ -27,16 +27,16 @@ class _Event(Struct, frozen=True, array_like=True, gc=False):
     """Frozen, encoded as an array, never tracked by the garbage collector (events hold no cycles)."""
 
 
-class ProjectCreated(_Event, tag="p+"):
+class ProjectCreated(_Event, frozen=True, tag="p+"):
     project: str
 
 
-class GroupCreated(_Event, tag="g+"):
+class GroupCreated(_Event, frozen=True, tag="g+"):
     project: str
     group: str
 
 
-class TrialCreated(_Event, tag="t+"):
+class TrialCreated(_Event, frozen=True, tag="t+"):
     project: str
     group: str
     name: str
@@ -45,32 +45,32 @@ class TrialCreated(_Event, tag="t+"):
     attempt: int = 1
 
 
-class TrialStarted(_Event, tag="t>"):
+class TrialStarted(_Event, frozen=True, tag="t>"):
     """The trial, or one more rank or attempt at it (`resumed`), has begun to run."""
 
     resumed: bool = False
 
 
-class TrialFinished(_Event, tag="t."):
+class TrialFinished(_Event, frozen=True, tag="t."):
     """The trial ended; `status` is the caller's own word."""
 
     status: str = "completed"
     error: str | None = None
 
 
-class StatusChanged(_Event, tag="st"):
+class StatusChanged(_Event, frozen=True, tag="st"):
     """The caller said so; `status` is the caller's own word."""
 
     status: str
     error: str | None = None
 
 
-class ChronoStarted(_Event, tag="c>"):
+class ChronoStarted(_Event, frozen=True, tag="c>"):
     name: str
     aggregator: AggregatorChoice | None = None
 
 
-class ChronoFinished(_Event, tag="c."):
+class ChronoFinished(_Event, frozen=True, tag="c."):
     """`seconds` come from the monotonic clock; `error` is the exception's text when the block raised."""
 
     name: str
@@ -80,7 +80,7 @@ class ChronoFinished(_Event, tag="c."):
     late: bool = False
 
 
-class MetricsLogged(_Event, tag="m"):
+class MetricsLogged(_Event, frozen=True, tag="m"):
     """One log call. `late`: the writer had already finished the trial."""
 
     values: dict[str, Scalar]
@@ -91,47 +91,47 @@ class MetricsLogged(_Event, tag="m"):
     late: bool = False
 
 
-class ParamsSet(_Event, tag="pa"):
+class ParamsSet(_Event, frozen=True, tag="pa"):
     """`source` tells where they come from: "call", "config.yaml", "sweep", ..."""
 
     params: dict[str, Plain]
     source: str = "call"
 
 
-class MetadataSet(_Event, tag="md"):
+class MetadataSet(_Event, frozen=True, tag="md"):
     metadata: dict[str, Plain]
 
 
-class TagsAdded(_Event, tag="tg+"):
+class TagsAdded(_Event, frozen=True, tag="tg+"):
     tags: dict[str, Plain]
 
 
-class TagsRemoved(_Event, tag="tg-"):
+class TagsRemoved(_Event, frozen=True, tag="tg-"):
     names: list[str]
 
 
-class DescriptionSet(_Event, tag="de"):
+class DescriptionSet(_Event, frozen=True, tag="de"):
     description: str
 
 
-class NoteAdded(_Event, tag="no"):
+class NoteAdded(_Event, frozen=True, tag="no"):
     text: str
 
 
-class InputMarked(_Event, tag="in"):
+class InputMarked(_Event, frozen=True, tag="in"):
     ref: Plain
 
 
-class OutputMarked(_Event, tag="out"):
+class OutputMarked(_Event, frozen=True, tag="out"):
     ref: Plain
 
 
-class ChartAdded(_Event, tag="ch"):
+class ChartAdded(_Event, frozen=True, tag="ch"):
     spec: Plain
     name: str | None = None
 
 
-class TableAdded(_Event, tag="ta"):
+class TableAdded(_Event, frozen=True, tag="ta"):
     """`ref` says where the rows lie; `columns` maps a column's name to its type's name."""
 
     name: str
@@ -140,7 +140,7 @@ class TableAdded(_Event, tag="ta"):
     columns: dict[str, str]
 
 
-class WriterEnded(_Event, tag="w."):
+class WriterEnded(_Event, frozen=True, tag="w."):
     """A writer of this subject is gone without having closed; noticed by whoever recovered its journal."""
 
     writer: int
@@ -148,35 +148,35 @@ class WriterEnded(_Event, tag="w."):
     reason: str = "lost"
 
 
-class Heartbeat(_Event, tag="hb"):
+class Heartbeat(_Event, frozen=True, tag="hb"):
     """The writer lives. `every_s` is when to expect the next one."""
 
     every_s: float
 
 
-Event = Union[
-    ProjectCreated,
-    GroupCreated,
-    TrialCreated,
-    TrialStarted,
-    TrialFinished,
-    StatusChanged,
-    ChronoStarted,
-    ChronoFinished,
-    MetricsLogged,
-    ParamsSet,
-    MetadataSet,
-    TagsAdded,
-    TagsRemoved,
-    DescriptionSet,
-    NoteAdded,
-    InputMarked,
-    OutputMarked,
-    ChartAdded,
-    TableAdded,
-    WriterEnded,
-    Heartbeat,
-]
+Event = (
+    ProjectCreated
+    | GroupCreated
+    | TrialCreated
+    | TrialStarted
+    | TrialFinished
+    | StatusChanged
+    | ChronoStarted
+    | ChronoFinished
+    | MetricsLogged
+    | ParamsSet
+    | MetadataSet
+    | TagsAdded
+    | TagsRemoved
+    | DescriptionSet
+    | NoteAdded
+    | InputMarked
+    | OutputMarked
+    | ChartAdded
+    | TableAdded
+    | WriterEnded
+    | Heartbeat
+)
 EVENT_TYPES: tuple[type[_Event], ...] = get_args(Event)
 
 

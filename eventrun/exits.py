@@ -17,9 +17,11 @@ from typing import Protocol
 class Endable(Protocol):
     """What is needed of a client."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End; may be called again."""
 
-    def interrupt(self, reason: str) -> None: ...
+    def interrupt(self, reason: str) -> None:
+        """Record that the trials are interrupted, without waiting."""
 
 
 _open: weakref.WeakSet[Endable] = weakref.WeakSet()
@@ -49,7 +51,10 @@ def _close_all() -> None:
 
 def _handle_sigterm() -> None:
     # Only where nobody else cares: a handler of the program's own, or of a framework, stays.
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    if (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ):
         signal.signal(signal.SIGTERM, _on_sigterm)
 
 

@@ -106,16 +106,9 @@ class Query(Generic[T]):
             if not items and cursor is not None and self._poll_s is not None:
                 sleep(self._poll_s)
 
-    async def __aiter__(self) -> AsyncIterator[T]:
-        cursor = self._start
-        while cursor is not None:
-            items, cursor = await self._fetch(cursor)
-            for item in items:
-                yield item
-            if not items and cursor is not None and self._poll_s is not None:
-                import anyio
-
-                await anyio.sleep(self._poll_s)
+    def __aiter__(self) -> AsyncIterator[T]:
+        # Not an async generator: one that is left by `break` must be closed by hand, and trio says so loudly.
+        return _Walk(self._fetch, self._start, self._poll_s)
 
     def __await__(self) -> Generator[Any, Any, list[T]]:
         return self._all().__await__()
@@ -126,6 +119,29 @@ class Query(Generic[T]):
     def first(self) -> Pending[T | None]:
         """Ask for the first item; None when there is none (yet)."""
         return then(self._fetch(self._start), lambda page: page[0][0] if page[0] else None)
+
+
+class _Walk(AsyncIterator[T]):
+    """One asynchronous walk through a query's pages."""
+
+    def __init__(self, fetch: Callable[[Any], Pending[Page[T]]], cursor: Any, poll_s: float | None) -> None:
+        self._fetch = fetch
+        self._cursor = cursor
+        self._poll_s = poll_s
+        self._items: Iterator[T] = iter(())
+
+    async def __anext__(self) -> T:
+        while True:
+            for item in self._items:
+                return item
+            if self._cursor is None:
+                raise StopAsyncIteration
+            items, self._cursor = await self._fetch(self._cursor)
+            self._items = iter(items)
+            if not items and self._cursor is not None and self._poll_s is not None:
+                import anyio
+
+                await anyio.sleep(self._poll_s)
 
 
 def then(pending: Pending[T], change: Callable[[T], U]) -> Pending[U]:

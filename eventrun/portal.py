@@ -33,7 +33,9 @@ class Portal:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
-        self._inbox: deque[tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]] = deque()
+        self._inbox: deque[tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]] = (
+            deque()
+        )
         self._tasks: set[Any] = set()
         self._jobs: SimpleQueue[_Job | None] | None = None
         self._reader_thread: threading.Thread | None = None

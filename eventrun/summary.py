@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from eventrun.clock import monotonic_ns
+from eventrun import clock
 from eventrun.errors import EventrunError
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 CLOSING_TRIALS = 4  # trials that the closing block shows
 CLOSING_METRICS = 3  # metrics of each
 SPARK_CELLS = 16
-SPARK_POINTS = 4 * SPARK_CELLS  # four points stand for each stretch of a series: lowest, highest, first, last
 NAME_CELLS = 32  # the most that the closing block gives a name
 TEXT_CELLS = 24  # the most that a value gets that is text
+FAIR_COLUMN = 16  # cells; columns of rank 0 are cut further only when no other is left
 SMALLEST_COLUMN = 8  # cells; no column is cut further
 
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
@@ -90,15 +90,24 @@ def _three(value: float) -> str:
     return f"{float(text):.0f}" if "e+" in text else text
 
 
-def local_time(time_ns: int | None, *, seconds: bool = True) -> str:
+def local_time(time_ns: int | None) -> str:
     """Write a time in this machine's zone: "2025-11-21 12:44:03"."""
+    return _in_zone(time_ns, "%Y-%m-%d %H:%M:%S")
+
+
+def short_time(time_ns: int | None) -> str:
+    """Write a time for a narrow column: "11-21 12:44", or the date alone when it isn't of this year."""
+    this_year = _in_zone(time_ns, "%Y") == _in_zone(clock.time_ns(), "%Y")
+    return _in_zone(time_ns, "%m-%d %H:%M" if this_year else "%Y-%m-%d")
+
+
+def _in_zone(time_ns: int | None, form: str) -> str:
     if time_ns is None:
         return ""
     try:
-        moment = datetime.fromtimestamp(time_ns / 1e9).astimezone()
+        return datetime.fromtimestamp(time_ns // 10**9).astimezone().strftime(form)
     except (OverflowError, ValueError, OSError):  # a clock far off: beyond the years of datetime
         return f"{time_ns} ns"
-    return f"{moment:%Y-%m-%d %H:%M:%S}" if seconds else f"{moment:%Y-%m-%d %H:%M}"
 
 
 def size(count: int) -> str:
@@ -181,12 +190,24 @@ def _middle(part: list[float]) -> float | None:
 
 
 class Column(NamedTuple):
-    """A column of a table. `decimal` aligns numbers at their points; `cut` columns may be shortened."""
+    """A column of a table. `decimal` aligns numbers at their points; cells of `cut` columns may be shortened.
+
+    Where there isn't room for all columns, those of the highest rank are left out first, those of rank 0 never.
+    """
 
     title: str
     align: Literal["left", "right", "decimal"] = "left"
     cut: bool = False
+    rank: int = 0
     style: str | Callable[[str], str] = ""  # where there is colour
+
+
+class Laid(NamedTuple):
+    """A table that fits: the columns that stay, their widths, and the cells, cut but not padded."""
+
+    columns: list[Column]
+    widths: list[int]
+    rows: list[list[str]]
 
 
 def align_points(cells: Sequence[str]) -> list[str]:
@@ -207,8 +228,8 @@ def _is_number(text: str) -> bool:
 
 def lay_out(
     columns: Sequence[Column], rows: Iterable[Sequence[str]], cells: int | None, mark: str = "…"
-) -> tuple[list[int], list[list[str]]]:
-    """Choose the columns' widths so that a line fits into `cells` (None: any length), and cut what doesn't fit."""
+) -> Laid:
+    """Choose columns and their widths so that a line fits into `cells` (None: any length), and cut what doesn't fit."""
     table = [list(map(clean, row)) for row in rows]
     for place, column in enumerate(columns):
         if column.align == "decimal":
@@ -218,17 +239,37 @@ def lay_out(
         max([width(column.title), *(width(row[place]) for row in table)])
         for place, column in enumerate(columns)
     ]
-    if cells is not None:
-        _fit(widths, [place for place, column in enumerate(columns) if column.cut], cells)
-    return widths, [[shorten(cell, w, mark) for cell, w in zip(row, widths, strict=True)] for row in table]
+    places = list(range(len(columns))) if cells is None else _fit(columns, widths, cells)
+    body = [[shorten(row[place], widths[place], mark) for place in places] for row in table]
+    return Laid([columns[place] for place in places], [widths[place] for place in places], body)
 
 
-def _fit(widths: list[int], places: Sequence[int], cells: int) -> None:
-    while sum(widths) + 2 * (len(widths) - 1) > cells:
-        widest = max(places, key=lambda place: widths[place], default=None)
-        if widest is None or widths[widest] <= SMALLEST_COLUMN:
-            return
-        widths[widest] -= 1
+def _fit(columns: Sequence[Column], widths: list[int], cells: int) -> list[int]:
+    """Narrow columns that may be cut, leave out those of the highest rank, then cut further; return what stays."""
+    places = list(range(len(columns)))
+    while not _narrow(columns, widths, places, cells, FAIR_COLUMN):
+        last = max(places, key=lambda place: (columns[place].rank, place))
+        if not columns[last].rank:
+            _narrow(columns, widths, places, cells, SMALLEST_COLUMN)
+            break
+        places.remove(last)
+    return places
+
+
+def _narrow(columns: Sequence[Column], widths: list[int], places: list[int], cells: int, least: int) -> bool:
+    """Narrow the widest columns, none below `least`; True when all fit, else the widths stay as they were."""
+    wanted = list(widths)
+    while (over := sum(wanted[place] for place in places) + 2 * (len(places) - 1) - cells) > 0:
+        cut = [place for place in places if columns[place].cut and wanted[place] > least]
+        if not cut:
+            if least == SMALLEST_COLUMN:
+                widths[:] = wanted
+            return False
+        widest = max(cut, key=wanted.__getitem__)
+        second = max((wanted[place] for place in cut if place != widest), default=least)
+        wanted[widest] -= min(over, max(wanted[widest] - max(second, least), 1))
+    widths[:] = wanted
+    return True
 
 
 def plain_table(
@@ -240,13 +281,32 @@ def plain_table(
     mark: str = "…",
 ) -> list[str]:
     """Draw a table as aligned lines without trailing blanks."""
-    widths, table = lay_out(columns, rows, cells, mark)
-    head = [[column.title for column in columns]] if titles else []
+    laid = lay_out(columns, rows, cells, mark)
+    head = [[column.title for column in laid.columns]] if titles else []
     lines = []
-    for row in head + table:
-        padded = [pad(cell, w, column.align) for cell, w, column in zip(row, widths, columns, strict=True)]
+    for row in head + laid.rows:
+        padded = [
+            pad(cell, w, column.align) for cell, w, column in zip(row, laid.widths, laid.columns, strict=True)
+        ]
         line = "  ".join(padded).rstrip()
         lines.append(line if cells is None else shorten(line, cells, mark))
+    return lines
+
+
+def wrap(text: str, cells: int) -> list[str]:
+    """Break a text into lines of so many cells, between words where it can be; at least one line."""
+    lines = [""]
+    for word in clean(text).split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if width(joined) <= cells or cells < 1:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for c in word:
+            if lines[-1] and width(lines[-1] + c) > cells:
+                lines.append("")
+            lines[-1] += c
     return lines
 
 
@@ -308,6 +368,7 @@ def closing_block(
     seconds: float = 0.3,
     cells: int | None = None,
     encoding: str | None = None,
+    hint: bool = True,
 ) -> str:
     """Tell what a client recorded: where it lies, how many events, the first trials, and what to type next.
 
@@ -316,7 +377,7 @@ def closing_block(
     """
     cells = shutil.get_terminal_size().columns if cells is None else cells
     encoding = getattr(sys.stderr, "encoding", None) if encoding is None else encoding
-    deadline = monotonic_ns() + int(seconds * 1e9)
+    deadline = clock.monotonic_ns() + int(seconds * 1e9)
     place = "memory" if client.folder is None else near(client.folder)
     headline = f"{amount(client.statistics().recorded, 'event')} in {clean(place)}"
     try:
@@ -338,14 +399,14 @@ def closing_block(
         "",
         *(f"  {line}".rstrip() for line in lines),
     ]
-    if client.folder is not None:
+    if hint and client.folder is not None:
         shown = states[0].id[:8] if len(states) == 1 else None
         block += ["", f"  to see more: {command(client.url, f'show {shown}' if shown else 'ls')}"]
     return "\n".join(block)
 
 
 def _left(deadline: int) -> float:
-    left = (deadline - monotonic_ns()) / 1e9
+    left = (deadline - clock.monotonic_ns()) / 1e9
     if left <= 0:
         raise TimeoutError
     return left
@@ -366,7 +427,7 @@ def _trial_rows(client: Client, state: TrialState, deadline: int, ascii_only: bo
 
 def _spark(client: Client, trial: str, metric: str, deadline: int, ascii_only: bool) -> str:
     try:
-        series = client.history(trial, metric, points=SPARK_POINTS, fresh=False).result(_left(deadline))
+        series = client.history(trial, metric, points=SPARK_CELLS, fresh=False).result(_left(deadline))
     except (TimeoutError, EventrunError):
         return ""
     return sparkline(series.values, ascii_only=ascii_only)

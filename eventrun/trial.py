@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from datetime import datetime, timezone
-from threading import Lock
+from datetime import UTC, datetime
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,19 +52,27 @@ _active: ContextVar[Trial | None] = ContextVar("eventrun_trial", default=None)
 class Recording(Protocol):
     """What a trial needs of its stream."""
 
-    append: Callable[[bytes], None]
+    @property
+    def append(self) -> Callable[[bytes], None]:
+        """Keep an encoded item; changes now and then, so it is looked up at each call."""
+        ...
 
-    def record(self, event: Event) -> None: ...
+    def record(self, event: Event) -> None:
+        """Date, encode and keep an event."""
 
 
 class Owner(Protocol):
     """What a trial needs of its client."""
 
-    def trial_started(self, trial: Trial) -> None: ...
+    def trial_started(self, trial: Trial) -> None:
+        """Take note that a trial runs."""
 
-    def trial_finished(self, trial: Trial) -> None: ...
+    def trial_finished(self, trial: Trial) -> None:
+        """Take note that a trial has ended."""
 
-    def check_trial(self, trial: Trial) -> Pending[None]: ...
+    def check_trial(self, trial: Trial) -> Pending[None]:
+        """Wait until the store knows a trial."""
+        ...
 
 
 class Trial:
@@ -75,7 +83,14 @@ class Trial:
     """
 
     def __init__(
-        self, owner: Owner, recording: Recording, trial_id: str, project: str, group: str, name: str, resumed: bool
+        self,
+        owner: Owner,
+        recording: Recording,
+        trial_id: str,
+        project: str,
+        group: str,
+        name: str,
+        resumed: bool,
     ) -> None:
         self.id = trial_id
         self.project = project
@@ -85,7 +100,7 @@ class Trial:
         self._owner = owner
         self._record = recording.record
         self._recording = recording
-        self._lock = Lock()
+        self._lock = RLock()  # reentrant: a signal handler may finish the trial that this thread just begins
         self._started = False
         self._finished: tuple[str, int] | None = None  # the status and when
         self._plain_log = False  # started and not finished: `log` needn't look further
@@ -124,7 +139,10 @@ class Trial:
                         # The bytes of MetricsLogged(named, step), whose other fields have their defaults.
                         self._recording.append(encode((time_ns(), (METRICS_TAG, named, step))))
                         return
-                    except (OverflowError, UnicodeEncodeError):  # a huge int or a lone surrogate: found by name below
+                    except (
+                        OverflowError,
+                        UnicodeEncodeError,
+                    ):  # a huge int or a lone surrogate: found by name below
                         pass
         merged = named if values is None else {**_mapping(values, "metrics"), **named}
         self._log(merged, step, epoch, subset, aggregator)
@@ -149,7 +167,9 @@ class Trial:
 
     # what is known about the trial ----------------------------------------------------------------------------
 
-    def set_params(self, params: Mapping[str, Any] | None = None, /, *, source: str = "call", **named: Any) -> None:
+    def set_params(
+        self, params: Mapping[str, Any] | None = None, /, *, source: str = "call", **named: Any
+    ) -> None:
         """Set params; nested mappings merge by key, all else replaces. `source` is shown beside each value."""
         params = {**_mapping(params or {}, "params"), **named}
         if params:
@@ -183,7 +203,8 @@ class Trial:
 
     def add_chart(self, spec: Mapping[str, Any], name: str | None = None) -> None:
         """Add a Vega or Vega-Lite specification."""
-        self._record(ChartAdded(plain(_mapping(spec, "a chart"), "chart"), None if name is None else _name(name, "name")))
+        name = None if name is None else _name(name, "a chart's name")
+        self._record(ChartAdded(plain(_mapping(spec, "a chart"), "chart"), name))
 
     def add_input(self, ref: Any) -> None:
         """Mark what the trial uses: a text, URI or mapping. Marking the same again changes nothing."""
@@ -209,7 +230,7 @@ class Trial:
         with self._lock:
             if self._finished is not None:
                 was, when = self._finished
-                date = datetime.fromtimestamp(when / 1e9, timezone.utc).isoformat(" ", "seconds")
+                date = datetime.fromtimestamp(when / 1e9, UTC).isoformat(" ", "seconds")
                 raise AlreadyFinished(
                     f"trial {self.name!r} ({self.id}) ended already at {date} as {was!r}; "
                     f"to go on with it: client.trial({self.project!r}, resume={self.id!r})"
@@ -239,13 +260,13 @@ class Trial:
         if self._started:
             return
         with self._lock:
-            if self._started:
-                return
-            if self._finished is None:
+            first = not self._started
+            if first and self._finished is None:
                 self._record(TrialStarted(self.resumed))
                 self._plain_log = True
             self._started = True
-        self._owner.trial_started(self)
+        if first:
+            self._owner.trial_started(self)
 
     def __enter__(self) -> Trial:
         self._begin()
@@ -323,7 +344,9 @@ def creation_events(
         events.append(ParamsSet(plain(_mapping(params, "params"), "params")))
     if tags:
         named = tags if hasattr(tags, "items") else dict.fromkeys([tags] if isinstance(tags, str) else tags)
-        events.append(TagsAdded({_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in named.items()}))
+        events.append(
+            TagsAdded({_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in named.items()})
+        )
     if metadata:
         events.append(MetadataSet(plain(_mapping(metadata, "metadata"), "metadata")))
     return events
@@ -405,6 +428,7 @@ def _status_of(error: BaseException | None) -> str:
     return "failed" if isinstance(error, (Exception, SystemExit)) else "interrupted"
 
 
+# ruff: noqa: SIM905 - a list literal of 64 words would take 64 lines
 _ADJECTIVES = (
     "able airy amber bold brave brisk bright calm clear clever cosy crisp dapper deft eager early easy fair fine fleet "
     "fond frank fresh gentle glad golden grand happy hardy honest jolly keen kind lively lucid lucky merry mild neat "

@@ -13,7 +13,12 @@ from eventrun.errors import InvalidValue
 def test_defaults() -> None:
     """Without anything said, the store is the folder runs and a batch waits 100 ms."""
     settings = load_settings({})
-    assert (settings.url, settings.linger_ms, settings.close_timeout_s, settings.quiet) == ("runs", 100.0, 10.0, False)
+    assert (settings.url, settings.linger_ms, settings.close_timeout_s, settings.quiet) == (
+        "runs",
+        100.0,
+        10.0,
+        False,
+    )
 
 
 def test_argument_over_environment_over_file_over_default(tmp_path: Path) -> None:

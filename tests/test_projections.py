@@ -92,6 +92,10 @@ def applied(log: Iterable[StoredEvent]) -> TrialFold:
     return trial
 
 
+def shown(state: object, names: str) -> tuple[Any, ...]:
+    return tuple(getattr(state, name) for name in names.split())
+
+
 def logged(*calls: MetricsLogged) -> TrialState:
     return folded(*((A, time_ns, call) for time_ns, call in enumerate(calls, 1)))
 
@@ -110,7 +114,8 @@ SCALARS = st.one_of(
 )
 STEPS = st.one_of(st.none(), st.integers(-1, 3), st.sampled_from([0.5, 1.0, math.nan, math.inf, -math.inf]))
 CHOICES = st.sampled_from([
-    *[None] * 6, ("ring", {"n": 2}), ("series", {}), ("stat", {"skip": 1}), ("value", {}), ("ring", {}), ("nonesuch", {}),
+    *[None] * 6,
+    ("ring", {"n": 2}), ("series", {}), ("stat", {"skip": 1}), ("value", {}), ("ring", {}), ("nonesuch", {}),
 ])  # fmt: skip
 PLAIN = st.recursive(
     SCALARS,
@@ -187,7 +192,7 @@ def test_points_are_every_value_in_arrival_order(log: list[StoredEvent], seed: i
     for call in grouped(log, seed):
         for name, points in fold(trial, call).items():
             columns = points.values, points.steps, points.epochs, points.times_ns, points.sequences
-            assert {len(points)} == set(map(len, columns))
+            assert {len(points)} == {len(column) for column in columns}
             found.setdefault(name, []).extend(zip(*columns, strict=True))
     expected: dict[str, list[Any]] = {}
     for _, _, sequence, time_ns, event in log:
@@ -291,14 +296,7 @@ def test_a_metric_in_short() -> None:
     metric = logged(
         *(MetricsLogged({"loss": value}, step) for step, value in enumerate([4.0, 1.0, 2.0, 5.0]))
     ).metrics["loss"]
-    assert (metric.count, metric.last, metric.latest, metric.min, metric.max, metric.mean) == (
-        4,
-        5.0,
-        5.0,
-        1.0,
-        5.0,
-        3.0,
-    )
+    assert shown(metric, "count last latest min max mean") == (4, 5.0, 5.0, 1.0, 5.0, 3.0)
     assert metric.sd == math.sqrt(2.5)
     assert (metric.first_step, metric.last_step) == (0, 3)
 
@@ -369,16 +367,16 @@ def test_subsets_and_slashes_are_one_series() -> None:
     )
 
 
-def test_calls_of_different_shapes_share_a_series() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_calls_of_different_shapes_share_a_series(first: int) -> None:
     """A series that is logged alone, and now and then with others, keeps its order."""
-    calls = [MetricsLogged({"loss": n} if n % 3 else {"val": -n, "loss": n}, step=n) for n in range(10)]
+    calls = [MetricsLogged({"val": -n, "loss": n} if n % 3 == first else {"loss": n}, n) for n in range(10)]
     trial = TrialFold.new("x")
     points = fold(trial, [as_slice(stored((A, n, call) for n, call in enumerate(calls)))])
-    assert points["loss"] == Points(
-        list(range(10)), list(range(10)), [None] * 10, list(range(10)), list(range(1, 11))
-    )
-    assert points["val"].steps == [0, 3, 6, 9]
-    assert list(points) == ["val", "loss"]
+    numbers: list[Any] = list(range(10))
+    assert points["loss"] == Points(numbers, numbers, [None] * 10, numbers, list(range(1, 11)))
+    assert points["val"].steps == numbers[first::3]
+    assert list(points) == (["loss", "val"] if first else ["val", "loss"])
 
 
 def test_an_aggregator_observes_from_where_it_is_named() -> None:
@@ -400,12 +398,8 @@ def test_late_events_are_kept_and_counted() -> None:
         (A, 4, ev.ChronoFinished("c", 1.0, late=True)),
     )
     assert (state.late, state.events, state.position, state.status) == (2, 4, 4, "completed")
-    assert (state.metrics["m"].last, state.chronos["c"].count, state.finished_ns, state.modified_ns) == (
-        7,
-        1,
-        2,
-        4,
-    )
+    assert (state.metrics["m"].last, state.chronos["c"].count) == (7, 1)
+    assert shown(state, "finished_ns modified_ns") == (2, 4)
 
 
 def test_chronos() -> None:
@@ -414,24 +408,14 @@ def test_chronos() -> None:
     runs: list[Event] = [
         event for s in seconds for event in (ev.ChronoStarted("c"), ev.ChronoFinished("c", s))
     ]
-    odd = ev.ChronoFinished("odd", math.inf, aggregator=("ring", {"n": 3}))
-    state = folded(*((A, n, event) for n, event in enumerate([*runs, ev.ChronoStarted("c"), odd])))
+    odd = [ev.ChronoFinished("odd", 1.0), ev.ChronoFinished("odd", math.inf, aggregator=("ring", {"n": 3}))]
+    state = folded(*((A, n, event) for n, event in enumerate([*runs, ev.ChronoStarted("c"), *odd])))
     chrono = state.chronos["c"]
-    assert (chrono.count, chrono.sum, chrono.mean, chrono.min, chrono.max, chrono.running) == (
-        10,
-        1.0,
-        0.1,
-        0.1,
-        0.1,
-        1,
-    )
+    assert shown(chrono, "count sum mean min max running") == (10, 1.0, 0.1, 0.1, 0.1, 1)
     assert chrono.value is None
-    assert (state.chronos["odd"].count, state.chronos["odd"].mean, state.chronos["odd"].running) == (
-        1,
-        None,
-        0,
-    )
-    assert state.chronos["odd"].value == [math.inf]
+    odds = state.chronos["odd"]
+    assert (odds.count, odds.mean, odds.running) == (2, 1.0, 0)
+    assert odds.value == [math.inf]
 
 
 # what is told about a trial -------------------------------------------------------------------------------------
@@ -440,28 +424,12 @@ def test_chronos() -> None:
 def test_created() -> None:
     """The fields of a new trial, and the defaults of one of which nothing is known."""
     state = folded((A, 5, TrialCreated("mnist", "sweep", "fox", "why", "v1", 3)))
-    assert (state.id, state.project, state.group, state.name, state.description) == (
-        "x",
-        "mnist",
-        "sweep",
-        "fox",
-        "why",
-    )
+    assert shown(state, "id project group name description") == ("x", "mnist", "sweep", "fox", "why")
     assert (state.version, state.attempt, state.status, state.raw_status) == ("v1", 3, "created", "created")
-    assert (state.created_ns, state.started_ns, state.finished_ns, state.modified_ns, state.duration_s) == (
-        5,
-        None,
-        None,
-        5,
-        None,
-    )
+    assert shown(state, "created_ns modified_ns") == (5, 5)
+    assert shown(state, "started_ns finished_ns duration_s") == (None, None, None)
     unknown = TrialFold.new("x").state()
-    assert (unknown.name, unknown.status, unknown.created_ns, unknown.modified_ns) == (
-        "",
-        "created",
-        None,
-        None,
-    )
+    assert shown(unknown, "name status created_ns modified_ns") == ("", "created", None, None)
 
 
 def test_another_rank_arrives_before_the_creation() -> None:
@@ -563,22 +531,13 @@ def test_the_way_of_a_trial() -> None:
     assert folded(*way).status == "running"
     way.append((A, 2 * SECOND, StatusChanged("Evaluating")))
     state = folded(*way)
-    assert (state.status, state.raw_status, state.duration_s, state.finished_ns) == (
-        "running",
-        "Evaluating",
-        1.0,
-        None,
-    )
+    assert shown(state, "status raw_status duration_s finished_ns") == ("running", "Evaluating", 1.0, None)
     way.append((A, 3 * SECOND, StatusChanged("paused")))
     assert folded(*way).status == "suspended"
     way.append((A, 4 * SECOND, TrialFinished("SUCCESS")))
     state = folded(*way, (A, 9 * SECOND, ev.NoteAdded("late")))
-    assert (state.status, state.raw_status, state.finished_ns, state.duration_s) == (
-        "completed",
-        "SUCCESS",
-        4 * SECOND,
-        3.0,
-    )
+    assert shown(state, "status raw_status") == ("completed", "SUCCESS")
+    assert shown(state, "finished_ns duration_s") == (4 * SECOND, 3.0)
 
 
 def test_a_status_that_ends_is_a_finish() -> None:
@@ -610,6 +569,17 @@ def test_ranks_that_disagree(first: str, second: str, status: str) -> None:
     assert (state.status, state.error, state.finished_ns) == (status, "boom", 9)
     if second != "suspended":
         assert folded(*starts, (A, 8, TrialFinished(second)), (B, 9, TrialFinished(first))).status == status
+
+
+def test_the_error_shown_is_that_of_the_finish_shown() -> None:
+    """A later interruption doesn't hide why the other rank failed; without an error of its own the other's is shown."""
+    starts: list[Recorded] = [(A, 1, TrialStarted()), (B, 2, TrialStarted(True))]
+    failed, stopped = (
+        (A, 8, TrialFinished("failed", "boom")),
+        (B, 9, TrialFinished("interrupted", "signal 15")),
+    )
+    assert folded(*starts, failed, stopped).error == "boom"
+    assert folded(*starts, (A, 8, TrialFinished("failed")), stopped).error == "signal 15"
 
 
 def test_resumed_after_a_finish() -> None:
@@ -647,15 +617,22 @@ def test_lost() -> None:
     ("it has finished", [(A, 1, TrialStarted()), (A, 2, TrialFinished()), ended(A, 9)]),
     ("another has finished it", [(A, 1, TrialStarted()), (B, 1, TrialStarted()), (B, 2, TrialFinished()), ended(A, 9)]),
     ("another runs it", [(A, 1, TrialStarted()), (B, 1, TrialStarted(True)), ended(A, 9)]),
-    ("that writer had no part in it", [(A, 1, TrialStarted()), (A, 2, TrialFinished()), (B, 3, TrialStarted()), ended(A, 9)]),
+    ("it had finished before", [(A, 1, TrialStarted()), (A, 2, TrialFinished()), (B, 3, TrialStarted()), ended(A, 9)]),
     ("the writer is unknown", [(A, 1, TrialStarted()), ended(B, 9)]),
     ("it was resumed", [(A, 1, TrialStarted()), ended(A, 9), (B, 10, TrialStarted(True))]),
     ("the writer lives after all", [(A, 1, TrialStarted()), ended(A, 9), (A, 10, ev.Heartbeat(10.0))]),
     ("somebody has closed the case", [(A, 1, TrialStarted()), ended(A, 9), (B, 10, StatusChanged("failed"))]),
+    ("somebody has said something since", [(A, 1, TrialStarted()), ended(A, 9), (B, 10, StatusChanged("queued"))]),
 ])  # fmt: skip
 def test_not_lost(why: str, way: list[Recorded]) -> None:
     """The end of a writer loses a trial only if it was the last that ran it, and nobody has said anything since."""
     assert folded(*way).status != "lost", why
+
+
+def test_an_end_is_noticed_before_the_events_arrive() -> None:
+    """The end of a writer may stand in the log before the events that its journal still held."""
+    way: list[Recorded] = [ended(A, 9), (CLAIMS, 10, ev.NoteAdded("recovered")), (A, 1, TrialStarted())]
+    assert shown(folded(*way), "status modified_ns") == ("lost", 10)
 
 
 def test_lost_when_all_ranks_are_gone() -> None:
@@ -703,7 +680,7 @@ def test_a_group_in_short() -> None:
         ev.MetadataSet({"a": {"b": 1}}),
     )
     one = trial(
-        "one",
+        "the first",
         (A, 10, TrialStarted()),
         (A, 11, ParamsSet({"lr": 0.1, "opt": {"name": "adam", "eps": 1}})),
         (A, 12, MetricsLogged({"loss": 3.0, "acc": 0.5})),
@@ -711,7 +688,7 @@ def test_a_group_in_short() -> None:
         (A, 21, TrialFinished()),
     )
     two = trial(
-        "two",
+        "a second",
         (B, 5, TrialStarted()),
         (B, 6, ParamsSet({"lr": 0.01, "opt": {"name": "adam", "eps": 1.0}})),
         (B, 7, MetricsLogged({"loss": 2.0, "note": "text"})),
@@ -719,7 +696,7 @@ def test_a_group_in_short() -> None:
     )
     group = group_state(own, "p", "g", [one, two])
     assert group == group_state(own, "p", "g", iter([two, one]))
-    assert (group.project, group.name, group.description, group.tags, group.metadata) == (
+    assert shown(group, "project name description tags metadata") == (
         "p",
         "g",
         "why",
@@ -729,13 +706,17 @@ def test_a_group_in_short() -> None:
     assert (group.trials, group.by_status) == (2, {"completed": 1, "failed": 1})
     assert group.params_varying == {"lr": [0.01, 0.1]}
     assert group.best == {
-        "loss": {"min": Held(1.0, "one"), "max": Held(3.0, "one")},
-        "acc": {"min": Held(0.5, "one"), "max": Held(0.5, "one")},
+        "loss": {"min": Held(1.0, "the first"), "max": Held(3.0, "the first")},
+        "acc": {"min": Held(0.5, "the first"), "max": Held(0.5, "the first")},
     }
-    assert group.last == {"acc": Held(0.5, "one"), "loss": Held(2.0, "two"), "note": Held("text", "two")}
+    assert group.last == {
+        "acc": Held(0.5, "the first"),
+        "loss": Held(2.0, "a second"),
+        "note": Held("text", "a second"),
+    }
     assert (group.created_ns, group.modified_ns, group.started_ns, group.finished_ns) == (1, 30, 5, 30)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(group), type=type(group)) == group
-    assert group.to_dict()["best"]["loss"]["min"] == {"value": 1.0, "trial": "one"}
+    assert group.to_dict()["best"]["loss"]["min"] == {"value": 1.0, "trial": "the first"}
 
 
 def test_a_group_that_runs_has_no_finish() -> None:
@@ -750,13 +731,7 @@ def test_a_group_that_runs_has_no_finish() -> None:
 def test_a_group_without_trials() -> None:
     """A group that was only made, and one of which nothing was told."""
     empty = group_state(subject(ev.GroupCreated("p", "g")), "p", "g", [])
-    assert (empty.trials, empty.best, empty.created_ns, empty.started_ns, empty.finished_ns) == (
-        0,
-        {},
-        1,
-        None,
-        None,
-    )
+    assert shown(empty, "trials best created_ns started_ns finished_ns") == (0, {}, 1, None, None)
     assert group_state(None, "p", "g", []).modified_ns is None
 
 

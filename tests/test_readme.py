@@ -20,7 +20,9 @@ def blocks(language: str) -> list[str]:
 def run(command: list[str], folder: Path) -> str:
     """Run a command in a folder and return what it printed; it must succeed."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("EVENTRUN_")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, env=environ)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, env=environ
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout

@@ -695,6 +695,11 @@ def test_a_damaged_tip(folder: Path, run: Run) -> None:
     run(opened.aclose)
 
 
+def told(found: list[StoredBatch]) -> list[object]:
+    """What batches say. Their bytes may differ: the last bits of a compressed payload mean nothing."""
+    return [(stored.position, stored.batch.header, items_of(stored.batch)) for stored in found]
+
+
 @pytest.mark.crash
 def test_flipped_bits_are_noticed(tmp_path: Path, run: Run) -> None:
     """A flipped bit anywhere in log.db changes nothing that is read, or is reported; it is never another exception."""
@@ -703,7 +708,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path, run: Run) -> None:
     written(good, run, some)
     data = (good / "log.db").read_bytes()
     mark = (good / "log.mark").read_bytes()
-    expected = everything(run, good)
+    expected = told(everything(run, good))
     rng = random.Random(1)
     noticed = 0
 
@@ -728,9 +733,7 @@ def test_flipped_bits_are_noticed(tmp_path: Path, run: Run) -> None:
         (bad / "log.db").write_bytes(flipped)
         (bad / "log.mark").write_bytes(mark)
         try:
-            whole, a, b = run(look)
-            for stored in whole:
-                items_of(stored.batch)
+            whole, a, b = map(told, run(look))
         except StoreError:
             noticed += 1
         else:

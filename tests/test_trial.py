@@ -75,7 +75,8 @@ def test_log_keeps_every_kind_of_value(tape: Tape, trial: Trial) -> None:
     values = {"f": 0.1, "i": 2**64 - 1, "n": -(2**63), "b": True, "s": "ü", "none": None, "inf": -math.inf}
     trial.log(values)
     logged = tape.events[-1]
-    assert isinstance(logged, MetricsLogged) and logged.values == values
+    assert isinstance(logged, MetricsLogged)
+    assert logged.values == values
     assert [type(v) for v in logged.values.values()] == [type(v) for v in values.values()]
 
 
@@ -143,7 +144,8 @@ def test_sizes(tape: Tape, trial: Trial) -> None:
     assert tape.events == []
     trial.log({f"m/{i}": i for i in range(10_000)}, note="ä" * 10_000)
     logged = tape.events[-1]
-    assert isinstance(logged, MetricsLogged) and len(logged.values) == 10_001
+    assert isinstance(logged, MetricsLogged)
+    assert len(logged.values) == 10_001
 
 
 def test_a_value_changed_later_changes_nothing(tape: Tape, trial: Trial) -> None:
@@ -169,7 +171,10 @@ def test_each_call_is_one_event(tape: Tape, trial: Trial) -> None:
     trial.add_input("s3://data")
     trial.add_output({"path": b"x"})
     trial.set_status("paused", error=ValueError("broken"))
-    trial.set_params(), trial.set_metadata({}), trial.add_tags(), trial.remove_tags()
+    trial.set_params()
+    trial.set_metadata({})
+    trial.add_tags()
+    trial.remove_tags()
     assert tape.events == [
         ParamsSet({"lr": 0.1, "momentum": 0.9}, "config.yaml"),
         MetadataSet({"host": "x"}),
@@ -187,7 +192,8 @@ def test_each_call_is_one_event(tape: Tape, trial: Trial) -> None:
 def test_a_block_finishes_its_trial(tape: Tape, trial: Trial) -> None:
     """Leaving the block records completed, and the trial is the current one only inside."""
     with trial as entered:
-        assert entered is trial and active_trial() is trial
+        assert entered is trial
+        assert active_trial() is trial
     assert active_trial() is None
     assert tape.events == [TrialStarted(), TrialFinished("completed")]
     assert tape.ended == [trial.id]
@@ -261,7 +267,8 @@ def test_chrono_measures_and_nests(tape: Tape, trial: Trial) -> None:
     with pytest.raises(ZeroDivisionError), chrono:
         1 / 0  # noqa: B018 - it is the failure that matters
     finished = [event for event in tape.events if isinstance(event, ChronoFinished)]
-    assert len(finished) == 3 and all(event.seconds >= 0 for event in finished)
+    assert len(finished) == 3
+    assert all(event.seconds >= 0 for event in finished)
     assert finished[0].seconds <= finished[1].seconds
     assert [event.error for event in finished] == [None, None, "ZeroDivisionError: division by zero"]
     assert finished[0].aggregator == ("stat", {"skip": 1})

@@ -11,7 +11,7 @@ from eventrun.cli.opening import opened, reading
 from eventrun.cli.verbs import Command
 from eventrun.clock import monotonic_ns
 from eventrun.errors import InvalidValue
-from eventrun.summary import amount, command, duration, near, telling_metrics
+from eventrun.summary import amount, closing_block, command, duration, telling_metrics
 
 if TYPE_CHECKING:
     from eventrun.cli.terminal import Tick
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LISTED = 20
 PROGRESS_S = 0.1
+BLOCK_S = 3.0  # for the closing block, which scripts give a tenth of it
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +41,8 @@ def demo(arguments: argparse.Namespace) -> int:
         begun = monotonic_ns()
         with terminal.progress("training") as tick:
             ids = _train(client, arguments.trials, arguments.seconds, tick)
-        recorded = client.statistics().recorded
-    took = duration((monotonic_ns() - begun) / 1e9)
-    terminal.say(
-        f"{amount(recorded, 'event')} logged in {took}, durable in {near(client.folder or client.url)}\n"
-    )
+        terminal.say(f"trained and logged in {duration((monotonic_ns() - begun) / 1e9)}\n")
+        terminal.say(closing_block(client, ids, seconds=BLOCK_S, hint=False) + "\n")
     return _look_back(arguments, ids)
 
 
@@ -76,6 +74,7 @@ def _look_back(arguments: argparse.Namespace, ids: list[str]) -> int:
         listing.show_trials(shown)
         if len(ids) > len(shown):
             terminal.say(f"and {len(ids) - len(shown):,} more")
+        print()
         report = terminal.wait(client.verify(), "verifying")
         upkeep.tell(report)
         _tell_next(client.url, shown, report.events)

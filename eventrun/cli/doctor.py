@@ -19,8 +19,9 @@ from eventrun.clock import monotonic_ns, time_ns
 from eventrun.errors import EventrunError
 from eventrun.journal import DAMAGED_SUFFIX, can_map, dead_writers
 from eventrun.journal.segments import LOCK_NAME, owner
-from eventrun.summary import Column, amount, duration, local_time, near, size
+from eventrun.summary import amount, duration, local_time, near, size
 
+LEAST_SPACE_BYTES = 100_000_000
 CLOCK_SLACK_S = 60.0  # how far ahead of this clock the newest event may be
 FIRST_SANE_NS = 1_700_000_000 * 10**9  # November 2023: eventrun is younger
 
@@ -45,7 +46,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     findings += [
         *_store(url, folder, problems),
         *_journals(folder, problems),
-        *_disk(folder),
+        *_disk(folder, problems),
         *_clock(problems),
     ]
     findings += _versions()
@@ -53,7 +54,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         terminal.show_json({name: value for name, value, _ in findings} | {"problems": problems})
     else:
         rows = [[name.replace("_", " "), text or str(value)] for name, value, text in findings]
-        terminal.table([Column("", style="dim"), Column("", cut=True)], rows, titles=False)
+        terminal.facts(rows)
         print()
         for problem in problems or ["no problem found"]:
             print(problem)
@@ -78,7 +79,7 @@ def _store(url: str, folder: Path | None, problems: list[str]) -> Iterator[Findi
     except EventrunError as error:
         problems.append(str(error))
     files = {name: _bytes_of(folder.glob(name)) for name in ("log.db", "log.db-wal", "views*", "files/**/*")}
-    shown = [f"{size(count)} in {name.removesuffix('/**/*')}" for name, count in files.items() if count]
+    shown = [f"{size(count)} in {name.rstrip('/*')}" for name, count in files.items() if count]
     yield "sizes", files, ", ".join(shown)
 
 
@@ -194,19 +195,22 @@ def _owner(path: Path) -> dict[str, Any]:
 # the machine ---------------------------------------------------------------------------------------------------
 
 
-def _disk(folder: Path | None) -> Iterator[Finding]:
+def _disk(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
     if folder is None:
         return
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     mapped = can_map(there)
     kind = _file_system(there)
-    trusted = "journals are mapped files" if mapped else "not one whose mapped files can be trusted"
+    trusted = "journals can be mapped files" if mapped else "not one whose mapped files can be trusted"
     yield "file_system", kind, f"{kind or 'unknown'}: {trusted}"
     promise = "crash_safe" if mapped else "accepted"
     yield "log_calls", promise, PROMISES[promise]
     usage = os.statvfs(there) if hasattr(os, "statvfs") else None
     if usage is not None:
-        yield "free_space", usage.f_bavail * usage.f_frsize, size(usage.f_bavail * usage.f_frsize)
+        free = usage.f_bavail * usage.f_frsize
+        yield "free_space", free, size(free)
+        if free < LEAST_SPACE_BYTES:
+            problems.append(f"only {size(free)} are free on the disk of {near(there)}: free some space")
 
 
 def _file_system(path: Path) -> str | None:
@@ -244,7 +248,11 @@ def _versions() -> Iterator[Finding]:
         versions,
         ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items()),
     )
-    extras = {extra: missing for extra, missing in _extras().items() if missing}
+    known = _extras()
+    if known is None:
+        yield "missing_extras", None, "unknown: this eventrun is a checkout that is not installed"
+        return
+    extras = {extra: missing for extra, missing in known.items() if missing}
     shown = ", ".join(f"{extra} ({' '.join(packages)})" for extra, packages in extras.items())
     advice = f"; to add one: pip install 'eventrun[{next(iter(extras))}]'" if extras else ""
     yield "missing_extras", extras, (shown or "none") + advice
@@ -257,13 +265,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _extras() -> dict[str, list[str]]:
+def _extras() -> dict[str, list[str]] | None:
     """Return the packages that each extra would add, by the metadata of the installed eventrun."""
     missing: dict[str, list[str]] = {}
     try:
         requirements = metadata.requires("eventrun") or []
     except metadata.PackageNotFoundError:
-        return {}
+        return None
     for requirement in requirements:
         needed, _, condition = requirement.partition(";")
         if "extra ==" in condition:

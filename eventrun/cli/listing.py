@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,14 @@ from eventrun.cli import terminal
 from eventrun.cli.opening import Source, reading
 from eventrun.cli.verbs import Command
 from eventrun.errors import InvalidValue
-from eventrun.summary import Column, duration, local_time, number, telling_metrics
+from eventrun.summary import Column, duration, number, short_time, telling_metrics
 
 if TYPE_CHECKING:
     from eventrun.projections import GroupState, ProjectState, TrialState
 
 MOST_TRIALS = 50  # shown to a person who doesn't say how many
 MOST_METRICS = 3  # columns of metrics, unless they are named
+_RANKS = (1, 4, 5)  # of these
 ID_LETTERS = 8  # shown of an id: 40 of its 80 random bits
 
 OF_TRIALS = ("group", "status", "tag", "name", "sort", "limit", "metric")
@@ -92,36 +93,50 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
 
 def show_trials(trials: Sequence[TrialState], metrics: Sequence[str] | None = None) -> None:
     """Print trials as a table, with the last values of these metrics, or of those that say most."""
-    metrics = metrics or _common_metrics(trials)
-    terminal.table(_columns(trials, metrics), [_row(trial, metrics, trials) for trial in trials])
+    shown = _columns(trials, metrics)
+    rows = [[cell(trial) for _, cell in shown] for trial in trials]
+    terminal.table([column for column, _ in shown], rows)
+
+
+Shown = tuple[Column, Callable[[Any], str]]
+
+
+def _columns(trials: Sequence[TrialState], metrics: Sequence[str] | None) -> list[Shown]:
+    """Choose columns; on a narrow terminal tags go first, then all but one of the metrics, times, the last metric."""
+    chosen = [_metric(name, 0) for name in metrics or ()]
+    chosen = chosen or [
+        _metric(name, rank) for rank, name in zip(_RANKS, _common_metrics(trials), strict=False)
+    ]
+    shown: list[Shown] = [
+        (Column("id", style="dim"), lambda trial: trial.id[:ID_LETTERS]),
+        (Column("name", cut=True, style="bold"), lambda trial: trial.name),
+    ]
+    if len({trial.project for trial in trials}) > 1:
+        shown.append((Column("project", cut=True), lambda trial: trial.project))
+    if any(trial.group for trial in trials):
+        shown.append((Column("group", cut=True), lambda trial: trial.group))
+    shown += [
+        (Column("status", style=terminal.status_style), lambda trial: trial.status),
+        (Column("created", rank=3), lambda trial: short_time(trial.created_ns)),
+        (Column("lasted", "right", rank=2), lambda trial: duration(trial.duration_s)),
+        *chosen,
+    ]
+    if any(trial.tags for trial in trials):
+        shown.append((Column("tags", cut=True, rank=9, style="dim"), lambda trial: tags(trial.tags)))
+    return shown
+
+
+def _metric(name: str, rank: int) -> Shown:
+    def cell(trial: TrialState) -> str:
+        return number(trial.metrics[name].last) if name in trial.metrics else ""
+
+    return Column(name, "decimal", rank=rank), cell
 
 
 def _common_metrics(trials: Sequence[TrialState]) -> list[str]:
     counts = Counter(name for trial in trials for name in trial.metrics)
     common = [name for name, count in counts.items() if 2 * count >= len(trials)]
     return telling_metrics(common or counts, MOST_METRICS)
-
-
-def _columns(trials: Sequence[TrialState], metrics: Sequence[str]) -> list[Column]:
-    columns = [Column("id", style="dim"), Column("name", cut=True, style="bold")]
-    columns += [Column("project", cut=True)] if _differ(trials, "project") else []
-    columns += [Column("group", cut=True)] if any(trial.group for trial in trials) else []
-    columns += [Column("status", style=terminal.status_style), Column("created"), Column("lasted", "right")]
-    columns += [Column(metric, "decimal", cut=True) for metric in metrics]
-    return [*columns, Column("tags", cut=True, style="dim")]
-
-
-def _differ(trials: Sequence[TrialState], field: str) -> bool:
-    return len({getattr(trial, field) for trial in trials}) > 1
-
-
-def _row(trial: TrialState, metrics: Sequence[str], trials: Sequence[TrialState]) -> list[str]:
-    row = [trial.id[:ID_LETTERS], trial.name]
-    row += [trial.project] if _differ(trials, "project") else []
-    row += [trial.group] if any(other.group for other in trials) else []
-    row += [trial.status, local_time(trial.created_ns, seconds=False), duration(trial.duration_s)]
-    row += [number(trial.metrics[metric].last) if metric in trial.metrics else "" for metric in metrics]
-    return [*row, tags(trial.tags)]
 
 
 def tags(known: dict[str, Any]) -> str:
@@ -156,7 +171,7 @@ def _place(state: GroupState | ProjectState) -> list[str]:
     return [
         f"{state.trials:,}",
         statuses,
-        local_time(state.modified_ns, seconds=False),
+        short_time(state.modified_ns),
         ", ".join(state.params_varying),
     ]
 

@@ -58,9 +58,7 @@ def export(arguments: argparse.Namespace) -> int:
 def _output(name: str | None) -> Iterator[TextIO]:
     """Open what to write to; a file gets its name only when all is in it."""
     if name is None or name == "-":
-        sys.stdout.flush()
-        with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as out:
-            yield out
+        yield terminal.data()
         return
     part = f"{name}.part"
     try:

@@ -13,7 +13,7 @@ from eventrun.cli.opening import Source, reading
 from eventrun.cli.verbs import TRIAL_HELP, Command
 from eventrun.codec import to_json
 from eventrun.errors import InvalidValue
-from eventrun.summary import SPARK_POINTS, Column, amount, command, duration, local_time, number
+from eventrun.summary import SPARK_CELLS, Column, amount, command, duration, local_time, number
 
 if TYPE_CHECKING:
     from eventrun.projections import TrialState
@@ -42,13 +42,11 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _show(source: Source, trial: TrialState) -> None:
     terminal.line(trial.name, "bold")
-    terminal.table(_PAIR, _facts(trial), titles=False, indent=2)
+    terminal.facts(_facts(trial), indent=2)
     for title, mapping in (("params", trial.params), ("metadata", trial.metadata)):
         if mapping:
             terminal.heading(title)
-            terminal.table(
-                _PAIR, [[name, plain(value)] for name, value in _leaves(mapping)], titles=False, indent=2
-            )
+            terminal.facts([[name, plain(value)] for name, value in _leaves(mapping)], indent=2)
     if trial.metrics:
         terminal.heading("metrics")
         terminal.table(
@@ -63,15 +61,14 @@ def _show(source: Source, trial: TrialState) -> None:
             terminal.table([Column("", cut=True)], [[plain(ref)] for ref in refs], titles=False, indent=2)
     if trial.tables:
         terminal.heading("tables")
-        rows = [[table.name, amount(table.rows, "row"), ", ".join(table.columns)] for table in trial.tables]
-        terminal.table([*_PAIR, Column("", cut=True)], rows, titles=False, indent=2)
+        rows = [
+            [table.name, f"{amount(table.rows, 'row')}: {', '.join(table.columns)}"] for table in trial.tables
+        ]
+        terminal.facts(rows, indent=2)
     if trial.notes:
         terminal.heading("notes")
         rows = [[local_time(note.time_ns), note.text] for note in trial.notes]
-        terminal.table(_PAIR, rows, titles=False, indent=2)
-
-
-_PAIR = (Column("", style="dim"), Column("", cut=True))
+        terminal.facts(rows, indent=2)
 
 
 def _facts(trial: TrialState) -> Iterator[list[str]]:
@@ -125,8 +122,8 @@ def _metric_row(source: Source, trial: TrialState, name: str) -> list[str]:
     steps = "" if metric.first_step is None else f"{number(metric.first_step)} to {number(metric.last_step)}"
     drawn = ""
     if len(trial.metrics) <= SPARK_METRICS:
-        series = source.reads.history(trial.id, name, points=SPARK_POINTS).result()
-        drawn = terminal.sparkline(series.values, SPARK_POINTS // 4)
+        series = source.reads.history(trial.id, name, points=SPARK_CELLS).result()
+        drawn = terminal.sparkline(series.values, SPARK_CELLS)
     return [name, number(metric.last), *statistics, f"{metric.count:,}", steps, drawn]
 
 
@@ -165,8 +162,9 @@ def history(arguments: argparse.Namespace) -> int:
     with reading(arguments) as source:
         if points is None and not arguments.json and terminal.cells() is not None:
             points = SHOWN_POINTS
+        thinned = None if points is None else max(points // 4, 1)  # buckets of up to four points
         series = source.reads.history(
-            arguments.trial, arguments.metric, points=points, between=between
+            arguments.trial, arguments.metric, points=thinned, between=between
         ).result()
         if arguments.json:
             terminal.show_json(series.to_dict())
@@ -199,7 +197,7 @@ def _tell_course(
 ) -> None:
     """Draw the whole course for a person, and say what was left out."""
     fine = source.reads.history(
-        arguments.trial, arguments.metric, points=4 * CHART_CELLS, between=between
+        arguments.trial, arguments.metric, points=CHART_CELLS, between=between
     ).result()
     terminal.say(f"\n{terminal.sparkline(fine.values, CHART_CELLS)}")
     count = source.reads.get(arguments.trial).result().metrics[arguments.metric].count

@@ -12,14 +12,17 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from eventrun.clock import monotonic_ns
 from eventrun.codec import to_json
 from eventrun.summary import (
     BARS,
+    FAIR_COLUMN,
     NOT_FINITE,
     Column,
+    Laid,
     amount,
     can_write,
     clean,
@@ -27,6 +30,8 @@ from eventrun.summary import (
     lay_out,
     pad,
     plain_table,
+    width,
+    wrap,
 )
 from eventrun.summary import sparkline as draw_sparkline
 
@@ -74,8 +79,14 @@ def say(text: str) -> None:
 def show_json(value: Any) -> None:
     """Print a JSON document on stdout, on lines of its own when a person looks."""
     indent = 2 if is_terminal(sys.stdout) else None
-    ascii_only = not can_write("é", sys.stdout.encoding)
-    print(json.dumps(to_json(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False))
+    print(json.dumps(to_json(value), indent=indent, ensure_ascii=False, allow_nan=False), file=data())
+
+
+def data() -> TextIO:
+    """Return stdout for what programs read: UTF-8 whatever the locale says, line ends as they are written."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="strict", newline="")
+    return sys.stdout
 
 
 def table(
@@ -89,12 +100,12 @@ def table(
         for line in plain_table(columns, rows, cells=room, titles=titles, mark=ellipsis()):
             print(" " * indent + line if line else "")
         return
-    widths, body = lay_out(columns, rows, room, ellipsis())
+    laid = lay_out(columns, rows, room, ellipsis())
     if titles:
-        _print_row(console, [(c.title, "dim") for c in columns], widths, columns, indent)
-    for row in body:
-        styled = [(cell, style_of(column, cell)) for column, cell in zip(columns, row, strict=True)]
-        _print_row(console, styled, widths, columns, indent)
+        _print_row(console, laid, [(column.title, "dim") for column in laid.columns], indent)
+    for row in laid.rows:
+        styled = [(cell, style_of(column, cell)) for column, cell in zip(laid.columns, row, strict=True)]
+        _print_row(console, laid, styled, indent)
 
 
 def style_of(column: Column, cell: str) -> str:
@@ -107,21 +118,30 @@ def status_style(cell: str) -> str:
     return STATUS_STYLES.get(cell.strip(), "")
 
 
-def _print_row(
-    console: Console,
-    row: Sequence[tuple[str, str]],
-    widths: Sequence[int],
-    columns: Sequence[Column],
-    indent: int,
-) -> None:
+def _print_row(console: Console, laid: Laid, row: Sequence[tuple[str, str]], indent: int) -> None:
     from rich.text import Text
 
     line = Text(" " * indent)
-    for place, ((cell, style), w, column) in enumerate(zip(row, widths, columns, strict=True)):
+    for place, ((cell, style), w, column) in enumerate(zip(row, laid.widths, laid.columns, strict=True)):
         line.append("  " if place else "")
         line.append(pad(cell, w, column.align), style=style)
     line.rstrip()
-    console.print(line, soft_wrap=False, no_wrap=True, overflow="ellipsis", crop=True)
+    console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+
+
+def facts(rows: Iterable[Sequence[str]], *, indent: int = 0) -> None:
+    """Print names and what belongs to them; long texts go on in further lines on a terminal."""
+    known = [(name, text) for name, text in rows]
+    room = cells()
+    longest = min(max((width(clean(name)) for name, _ in known), default=0), FAIR_COLUMN * 2)
+    rest = None if room is None else max(room - indent - longest - 2, FAIR_COLUMN)
+    lines = []
+    for name, text in known:
+        parts = [text] if rest is None else wrap(text, rest)
+        lines += [
+            [part_name, part] for part_name, part in zip([name] + [""] * (len(parts) - 1), parts, strict=True)
+        ]
+    table([Column("", style="dim", cut=True), Column("", cut=True)], lines, titles=False, indent=indent)
 
 
 def heading(text: str) -> None:
@@ -135,9 +155,9 @@ def line(text: str, style: str = "") -> None:
     table([Column("", cut=True, style=style)], [[text]], titles=False)
 
 
-def sparkline(values: Sequence[Any], width: int) -> str:
+def sparkline(values: Sequence[Any], cells: int) -> str:
     """Draw a series in the letters that stdout can write."""
-    return draw_sparkline(values, width, ascii_only=not can_write(BARS + NOT_FINITE, sys.stdout.encoding))
+    return draw_sparkline(values, cells, ascii_only=not can_write(BARS + NOT_FINITE, sys.stdout.encoding))
 
 
 def ellipsis() -> str:
@@ -191,26 +211,26 @@ class Tick:
             self._bar.update(self._task, completed=done, told=self._told(done))
         elif now - self._drawn_ns > REDRAW_S * 1e9:
             self._drawn_ns = now
-            passed = duration((now - self._begun_ns) // 10**9)
             room = shutil.get_terminal_size().columns - 1
-            text = "  ".join(filter(None, (self._label, self._told(done), passed)))
+            text = f"{self._label}  {self._told(done)}"
             print(f"\r\x1b[K{text[:room]}", end="", file=sys.stderr, flush=True)
 
     def _told(self, done: int | None) -> str:
+        passed = duration((monotonic_ns() - self._begun_ns) // 10**9)
         if done is None:
-            return ""
+            return passed
         if self._total:
-            return f"{min(100 * done // self._total, 100)} %"
-        return amount(done, self._noun)
+            return f"{min(100 * done // self._total, 100)} %, {passed}"
+        return f"{amount(done, self._noun)}, {passed}"
 
     def _start(self) -> None:
         console = _console(sys.stderr)
         if console is None:
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         told = TextColumn("{task.fields[told]}")
-        columns = (TextColumn("{task.description}"), BarColumn(30), told, TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(30), told)
         self._bar = Progress(*columns, console=console, transient=True)
         self._task = self._bar.add_task(clean(self._label), total=self._total, told="")
         self._bar.start()

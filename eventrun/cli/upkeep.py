@@ -29,7 +29,7 @@ def verify(arguments: argparse.Namespace) -> int:
     with reading(arguments) as source:
         report = terminal.wait(source.client.verify(views=arguments.views), "verifying")
         if arguments.json:
-            terminal.show_json(report)
+            terminal.show_json(report.to_dict())
         else:
             took = duration((monotonic_ns() - begun) / 1e9)
             tell(report, f" in {took}" + (", and the views agree with it" if arguments.views else ""))
@@ -46,9 +46,12 @@ def tell(report: VerifyReport, more: str = "") -> None:
     if report.ok:
         print(f"ok: {what}, all read and checked{more}")
         return
-    for problem in report.problems:
-        print(clean(str(problem)))
-    terminal.say(f"{amount(len(report.problems), 'problem')} in {what}")
+    problems = list(report.problems)
+    if report.views_ok is False:
+        problems.append("the views are not what the log says; to make them anew: eventrun rebuild")
+    for problem in problems:
+        print(clean(problem))
+    terminal.say(f"{amount(len(problems), 'problem')} in {what}")
 
 
 def _rebuild_arguments(parser: argparse.ArgumentParser) -> None:

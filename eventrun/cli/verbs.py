@@ -203,7 +203,10 @@ class _Version(argparse.Action):
     """Look the version up only when it is asked for: importlib.metadata takes 20 ms."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"eventrun {version('eventrun')}")
+        try:
+            print(f"eventrun {version('eventrun')}")
+        except PackageNotFoundError:
+            print("eventrun from a checkout that is not installed")
         parser.exit()

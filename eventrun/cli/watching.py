@@ -15,10 +15,9 @@ from eventrun.cli.showing import plain
 from eventrun.cli.verbs import TRIAL_HELP, Command
 from eventrun.codec import StoredEvent
 from eventrun.errors import InvalidValue
-from eventrun.events import split_subject
+from eventrun.events import MetricsLogged, split_subject
 from eventrun.formats.events_jsonl import event_line
 from eventrun.summary import clean, number, shorten
-
 
 
 def _shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,19 +68,24 @@ def _check(after: int | None, limit: int | None) -> None:
 def _print(found: Iterable[StoredEvent], as_json: bool, flush: bool = False) -> None:
     room = terminal.cells()
     mark = terminal.ellipsis()
+    out = terminal.data() if as_json else sys.stdout
     for stored in found:
         text = event_line(stored).rstrip("\n") if as_json else describe(stored)
-        print(text if as_json or room is None else shorten(text, room, mark), flush=flush)
+        print(text if as_json or room is None else shorten(text, room, mark), file=out, flush=flush)
 
 
 def describe(stored: StoredEvent) -> str:
     """Write an event on one line: position, time, subject, kind and what it says."""
-    kind = type(stored.event).__name__
+    event = stored.event
+    fields = {name: getattr(event, name) for name in event.__struct_fields__}
+    if isinstance(event, MetricsLogged):
+        fields = {**fields.pop("values"), **fields}
     told = ", ".join(
-        f"{name} {_short(getattr(stored.event, name))}"
-        for name in stored.event.__struct_fields__
-        if getattr(stored.event, name) not in (None, "", False)
+        f"{clean(name)} {_short(value)}"
+        for name, value in fields.items()
+        if value is not None and value != "" and value is not False
     )
+    kind = type(event).__name__
     return (
         f"{stored.position:>8}  {_clock(stored.time_ns)}  {_subject(stored):<14}  {kind:<15}  {told}".rstrip()
     )

@@ -233,7 +233,7 @@ class _Importer:
             known = self._known[line.stream] = _Known(
                 self._client, line.stream, self._tips[line.stream].sequence
             )
-        if known.item(line.sequence) != line.item:
+        if not known.holds(line):
             raise InvalidValue(
                 f"the store holds another event as sequence {line.sequence} of {line.stream}; "
                 "this file is not of the same history"
@@ -274,22 +274,23 @@ class _Known:
         self._client = client
         self._stream = stream
         self._items: Iterator[tuple[int, Item]] = iter(())
-        self._current: tuple[int, bytes] = (0, b"")
+        self._place = 0  # the sequence of the item below
+        self._item: Item | None = None
 
-    def item(self, sequence: int) -> bytes:
-        """Return the bytes of an event, as this version writes them."""
-        if sequence < self._current[0]:
-            self._current = (0, b"")
-        if self._current[0] == 0:
+    def holds(self, line: Line) -> bool:
+        """Tell whether the log holds this very event at its sequence."""
+        if line.sequence < self._place or not self._place:
             self._items = self._read()
-        while self._current[0] < sequence:
-            found = next(self._items, None)
-            if found is None:
-                return b""
-            number, (time_ns, event) = found
-            if number == sequence:
-                self._current = (number, encode_item(time_ns, event))
-        return self._current[1]
+            self._place = 0
+        while self._place < line.sequence:
+            self._place, self._item = next(self._items, (self.end + 1, None))
+        if self._place != line.sequence or self._item is None:
+            return False
+        time_ns, event = self._item
+        if encode_item(time_ns, event) == line.item:
+            return True
+        # JSON has but one NaN, and a log may hold others.
+        return encode_item(time_ns, event_from_json(event_to_json(event))) == line.item
 
     def _read(self) -> Iterator[tuple[int, Item]]:
         for stored in self._client.batches(subject=self._stream.subject):

@@ -126,9 +126,8 @@ class TrialFold(Struct, array_like=True, gc=False):
 
     def encode(self) -> bytes:
         """Write the state as msgpack: equal bytes for equal events, however they were grouped."""
-        self.writers = dict(
-            sorted(self.writers.items())
-        )  # a fold counts first, so they came in another order
+        # A fold counts before it applies, so the writers may have come in another order.
+        self.writers = dict(sorted(self.writers.items()))
         return _encoder.encode(self)
 
     @classmethod

@@ -6,7 +6,7 @@ in Python ten times, because each gives up the interpreter's lock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ LIVE_TRIALS = 4_096  # trials in memory at a time
 LIVE_POINTS = 1_000_000  # points in memory at a time, 60 to 80 bytes each
 ROWS = 64  # per statement
 WAITING_SERIES = 512  # written at a time; an open chunk has up to 40 KiB
-SEPARATOR = "\x1f"
+SEPARATOR, ESCAPE = "\x1f", "\x1e"  # around tags; a separator in a tag is written ESCAPE and "-"
 EVER = -(2**63)  # before any time
 
 # Not json_each, which takes one parameter for all: before SQLite 3.45 it cut texts at a NUL.
@@ -184,9 +184,8 @@ class Folding:
         rows, folds = [], []
         for trial in self._trials.values():
             state = trial.fold.state()
-            tags = SEPARATOR + SEPARATOR.join(state.tags) + SEPARATOR
             rows.append((
-                trial.number, state.id, state.project, state.group, state.name, state.status, tags,
+                trial.number, state.id, state.project, state.group, state.name, state.status, tag_text(state.tags),
                 state.created_ns, state.events, state.position, with_crc(encode_state(state)),
             ))  # fmt: skip
             folds.append((trial.number, trial.until_ns, with_crc(trial.fold.encode())))
@@ -236,6 +235,12 @@ class Folding:
     def _new_series(self) -> int:
         self._last_series += 1
         return self._last_series
+
+
+def tag_text(tags: Iterable[str]) -> str:
+    """Give the tags' names as the column `tags` has them: each between two separators, to be found by instr()."""
+    escaped = [tag.replace(ESCAPE, ESCAPE * 2).replace(SEPARATOR, f"{ESCAPE}-") for tag in tags]
+    return "".join([f"{SEPARATOR}{tag}{SEPARATOR}" for tag in escaped])
 
 
 def next_boundary(position: int, every: int) -> int:

@@ -67,9 +67,9 @@ def project(
     """Apply a projection to the events after its checkpoint, at least up to `stop`; in the caller's transaction."""
     view = view_of(projection)
     start, mark = checkpoint(db, view)
-    states, position = _States(db, projection), start
-    for stored in batches(log, start, stop, ChainChecker(), pace):
-        for part in slices(stored, start, cut, pace):
+    states, position, checker = _States(db, projection), start, ChainChecker()
+    for stored in batches(log, start, stop, pace):
+        for part in slices(stored, start, cut, pace, checker):
             for event in stored_events(part):
                 states.apply(event)
                 pace.breathe()

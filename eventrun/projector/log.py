@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from eventrun.clock import monotonic_ns, sleep
-from eventrun.codec import ChainChecker, decode_items, items_of, payload_of
+from eventrun.codec import ChainChecker, decode_items, payload_of
 from eventrun.errors import LogDamaged
 from eventrun.events import Event
 from eventrun.projections import Slice
@@ -69,12 +69,10 @@ class Pace:
             self._since = monotonic_ns()
 
 
-def batches(
-    log: Log, after: int, upto: int, checker: ChainChecker, pace: Pace, subject: str | None = None
-) -> Iterator[StoredBatch]:
-    """Yield the batches that hold the events after `after`, up to `upto`, with positions and chains checked.
+def batches(log: Log, after: int, upto: int, pace: Pace, subject: str | None = None) -> Iterator[StoredBatch]:
+    """Yield the batches that hold the events after `after`, up to `upto`, without gaps in the positions.
 
-    Raises LogDamaged with the range; payloads are checked by `slices`.
+    Raises LogDamaged with the range; what is in a batch is checked by `slices`.
     """
     while after < upto:
         page = log.read(after, subject=subject, limit_bytes=pace.page_bytes)
@@ -89,16 +87,8 @@ def batches(
                 raise _damaged(after + 1, stored.position - 1, "are missing")
             if stored.last_position <= after:
                 raise _damaged(stored.position, stored.last_position, "are there twice")
-            _check(checker, stored)
             after = stored.last_position
             yield stored
-
-
-def _check(checker: ChainChecker, stored: StoredBatch) -> None:
-    try:
-        checker.check(stored.batch)
-    except LogDamaged as error:
-        raise _damaged(stored.position, stored.last_position, str(error)) from error
 
 
 def _damaged(first: int, last: int, what: str) -> LogDamaged:
@@ -106,25 +96,28 @@ def _damaged(first: int, last: int, what: str) -> LogDamaged:
     return LogDamaged(f"{where} of the log: {what}; `eventrun verify` lists all damage", (where,))
 
 
-def slices(stored: StoredBatch, after: int, cut: Cut, pace: Pace) -> Iterator[Slice]:
+def slices(stored: StoredBatch, after: int, cut: Cut, pace: Pace, checker: ChainChecker) -> Iterator[Slice]:
     """Yield the events of a batch that lie beyond `after` and count, in slices small enough for the pace.
 
-    Raises LogDamaged with the batch's positions.
+    Raises LogDamaged with the batch's positions, before the first slice: for a wrong checksum, or a place in its
+    stream that doesn't follow what `checker` has seen. Batches that a checker has refused it hasn't seen.
     """
     try:
-        yield from _counting(_decoded(stored, pace), after, cut)
+        payload = payload_of(stored.batch)
+        checker.check(stored.batch)
+        yield from _counting(_decoded(stored, payload, pace), after, cut)
     except LogDamaged as error:
         raise _damaged(stored.position, stored.last_position, str(error)) from error
 
 
-def _decoded(stored: StoredBatch, pace: Pace) -> Iterator[Slice]:
+def _decoded(stored: StoredBatch, payload: bytes, pace: Pace) -> Iterator[Slice]:
     position, batch = stored
     header = batch.header
     if not pace.gentle:
-        yield Slice(position, header.stream, header.first, items_of(batch))
+        yield Slice(position, header.stream, header.first, decode_items(payload, header.count))
         return
     done = 0
-    for items in _pieces(payload_of(batch), header.count):
+    for items in _pieces(payload, header.count):
         yield Slice(position + done, header.stream, header.first + done, items)
         done += len(items)
         pace.breathe()

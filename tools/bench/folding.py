@@ -55,7 +55,7 @@ def fold(run: Run) -> Iterator[Figure]:
             "numpy": partial(fresh, rebuild, url),
             "pure": partial(fresh, rebuild, url, path=(str(folder),)),
         }
-        results = interleaved(run.rounds(2, 5), contenders)
+        results = interleaved(run.rounds(1, 3), contenders)
     rates = {name: [events / seconds for seconds in found] for name, found in results.items()}
     for name, at_least in (("numpy", 700_000), ("pure", 300_000)):
         yield Figure(

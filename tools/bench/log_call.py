@@ -132,7 +132,7 @@ def _timer_ns() -> int:
 
 
 def _calls(run: Run, pace: str) -> int:
-    quick, full = {"full": (50_000, 300_000), "paced": (8_000, 60_000), "cold": (400, 3000)}[pace]
+    quick, full = {"full": (50_000, 300_000), "paced": (8_000, 60_000), "cold": (300, 3000)}[pace]
     return run.size(quick, full)
 
 

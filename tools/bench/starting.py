@@ -62,7 +62,7 @@ def import_eventrun(run: Run) -> Iterator[Figure]:
         "python -c pass": _bare,
         "whole process": whole,
     }
-    results = interleaved(run.rounds(7, 21), contenders)
+    results = interleaved(run.rounds(5, 21), contenders)
     yield Figure("import", "ms", results.pop("import"), results, at_most=100)
 
 
@@ -75,7 +75,7 @@ def first_log(run: Run) -> Iterator[Figure]:
             return _python("-c", FIRST_LOG, str(folder / "runs"))
 
     program()
-    yield Figure("first-log", "ms", [program() for _ in range(run.rounds(7, 21))], at_most=30)
+    yield Figure("first-log", "ms", [program() for _ in range(run.rounds(5, 21))], at_most=30)
 
 
 @benchmark("help")
@@ -85,7 +85,7 @@ def command_help(run: Run) -> Iterator[Figure]:
     command = [str(script)] if script.exists() else [sys.executable, "-m", "eventrun"]
     program = partial(_whole, [*command, "--help"])
     program()
-    results = interleaved(run.rounds(7, 21), {"help": program, "python -c pass": _bare})
+    results = interleaved(run.rounds(5, 21), {"help": program, "python -c pass": _bare})
     more = [whole - bare for whole, bare in zip(results["help"], results["python -c pass"], strict=True)]
     beside = {"python -c pass": results["python -c pass"], "whole minus bare": more}
     note = " ".join([*command, "--help"]).replace(f"{ROOT}/", "")

@@ -34,13 +34,14 @@ def record_noisy(url: str, events: int) -> str:
     with eventrun.open(url, quiet=True) as client, client.trial("bench", name="noisy") as trial:
         for step, (loss, acc, lr) in enumerate(noise(events)):
             trial.log(loss=loss, acc=acc, lr=lr, step=step)
+        client.flush().result()  # closing would give up after close_timeout_s
     return trial.id
 
 
 def record_trials(url: str, count: int) -> int:
     """Record trials with 20 params, 10 metrics and 3 tags each and return their number."""
     source = random.Random(0)
-    with eventrun.open(url, quiet=True, close_timeout_s=600) as client:
+    with eventrun.open(url, quiet=True) as client:
         for number in range(count):
             tags = ["baseline", f"seed-{number % 10}", f"host-{number % 7}"]
             with client.trial("bench", group=f"g{number % 10}", params=params(number), tags=tags) as trial:
@@ -48,6 +49,7 @@ def record_trials(url: str, count: int) -> int:
                     trial.log({f"metric_{i}": source.random() for i in range(10)}, step=step)
             if number % 1000 == 999:
                 client.flush().result()
+        client.flush().result()
     return count
 
 

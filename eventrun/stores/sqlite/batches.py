@@ -116,10 +116,10 @@ def end_of(raw: sqlite3.Connection) -> int:
     if row is None:
         return 0
     position, count = row
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(position, int) or not isinstance(count, int) or count < 1:
         where = f"positions {position}..{position}"
         raise LogDamaged(f"{where}: the last batch of the log has no valid count", (where,))
-    return int(position) + count - 1
+    return position + count - 1
 
 
 class Appender:
@@ -266,6 +266,8 @@ def read(raw: sqlite3.Connection, after: int, subject: str | None, limit_bytes: 
     try:
         with closing(_rows(raw, after, subject)) as rows:
             for row in rows:
+                if not isinstance(row[0], int):
+                    raise LogDamaged("the table of batches has lost its positions: its schema is damaged")
                 size += len(row[-1]) if isinstance(row[-1], bytes) else 0
                 if found and size > limit_bytes:
                     break

@@ -1,0 +1,244 @@
+"""The read methods that the present and the past share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from eventrun.codec import ChainChecker, StoredEvent
+from eventrun.errors import NotFound
+from eventrun.events import group_subject, project_subject, split_subject, trial_subject
+from eventrun.pending import Page
+from eventrun.projections import GroupState, ProjectState, SubjectFold, TrialState, group_state, project_state
+from eventrun.projector import Views
+from eventrun.projector.catchup import chunk_number, decode_subject, open_of
+from eventrun.projector.custom import stored_events
+from eventrun.projector.log import Pace, batches, slices
+from eventrun.projector.series import CHUNK, Chunk, DamagedView, decode_chunk
+from eventrun.projector.transactions import reading
+from eventrun.query.listing import Choice, pages, read_state, resolve, suggestion
+from eventrun.query.series import Series
+from eventrun.query.thinning import Between
+
+if TYPE_CHECKING:
+    import sqlite3
+
+EVENT_PAGE_BYTES = 128 << 10  # of batches per page of events, some 10,000 events
+GROUPS_PER_PAGE = 16
+FROM_THE_END = -1  # the cursor that begins a tail with what comes next
+
+T = TypeVar("T")
+
+_STATE = "SELECT state FROM trials WHERE id = ?"
+_SERIES = """
+    SELECT series.number, count, open FROM series JOIN trials ON trial = trials.number
+    WHERE id = ? AND series.name = ?
+"""
+_METRICS = (
+    "SELECT series.name FROM series JOIN trials ON trial = trials.number WHERE id = ? ORDER BY series.number"
+)
+_CHUNKS = "SELECT points FROM chunks WHERE number >= ? AND number < ? ORDER BY number"
+_GROUPS = "SELECT DISTINCT project, grp FROM trials"
+_SUBJECTS = "SELECT subject FROM subjects"
+_SUBJECT = "SELECT fold FROM subjects WHERE subject = ?"
+_TRIALS_OF = "SELECT state FROM trials WHERE project = ? AND (?2 IS NULL OR grp = ?2)"
+
+
+class Reads:
+    """What can be asked; all methods wait, and are called on one thread at a time.
+
+    Methods of many answers are given a cursor and return a page: items, and the next cursor, or None at the end. The
+    first cursor is 0, or a position to read after. With `fresh` the views are caught up first.
+    """
+
+    def __init__(self, views: Views) -> None:
+        self.views = views
+
+    # trials --------------------------------------------------------------------------------------------------
+
+    def trials(
+        self,
+        cursor: Any = 0,
+        *,
+        project: str | None = None,
+        group: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+        name: str | None = None,
+        order_by: str | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+        fresh: bool = True,
+    ) -> Page[TrialState]:
+        """List trials, in the order of their creation or of `order_by` ("-" reverses), missing values last.
+
+        Raises InvalidValue.
+        """
+        if isinstance(cursor, int):
+            choice = Choice(project, group, status, tag, name)
+            cursor = pages(self.views, choice, order_by, limit, offset, fresh)
+        return _page(cursor)
+
+    def trial(self, trial: str, *, fresh: bool = True) -> TrialState:
+        """Return the state of a trial by id, unique prefix, name or "@latest". Raises NotFound, Ambiguous."""
+
+        def job(db: sqlite3.Connection) -> TrialState:
+            return read_state(db.execute(_STATE, (resolve(db, trial),)).fetchone()[0])
+
+        return self.views.read(job, fresh=fresh)
+
+    def history(
+        self,
+        trial: str,
+        metric: str,
+        *,
+        points: int | None = None,
+        between: Between | None = None,
+        fresh: bool = True,
+    ) -> Series:
+        """Return the points of a metric. Raises NotFound, Ambiguous, InvalidValue.
+
+        `between` (a, b) takes those whose step lies in it (None: open; the place in order of arrival stands for a
+        missing step); `points` thins them to the extremes and ends of that many buckets.
+        """
+        trial_id = self.resolve(self.views, trial, fresh=fresh)
+        return self.series(self.views, trial_id, metric, fresh=False).thinned(points, between)
+
+    def resolve(self, views: Views, text: str, *, fresh: bool) -> str:
+        """Return the id of the trial that a text names. Raises NotFound, Ambiguous."""
+        return views.read(lambda db: resolve(db, text), fresh=fresh)
+
+    def series(self, views: Views, trial: str, metric: str, *, fresh: bool) -> Series:
+        """Return the whole series of a metric of the trial with this id. Raises NotFound."""
+
+        def job(db: sqlite3.Connection) -> Series:
+            with reading(db):
+                row = db.execute(_SERIES, (trial, metric)).fetchone()
+                if row is None:
+                    raise self.no_metric(trial, metric, [name for (name,) in db.execute(_METRICS, (trial,))])
+                return Series(trial, metric, _chunks(db, views.pace(), *row))
+
+        return views.read(job, fresh=fresh)
+
+    def no_metric(self, trial: str, metric: str, known: list[str]) -> NotFound:
+        """Make the error that a trial has no metric of that name."""
+        near = suggestion(metric, known) or (f"; it has {', '.join(known[:8])}" if known else "; it has none")
+        return NotFound(f"trial {trial} has no metric {metric!r}{near}")
+
+    # groups and projects -------------------------------------------------------------------------------------
+
+    def groups(self, cursor: Any = 0, *, project: str | None = None, fresh: bool = True) -> Page[GroupState]:
+        """List groups by project and name, each with a summary of its trials."""
+        if isinstance(cursor, int):
+            found = self.views.read(_groups, fresh=fresh)
+            wanted = [pair for pair in found if pair[1] and project in (None, pair[0])]
+            cursor = _in_pages(
+                wanted, lambda pair: self.views.read(partial(_group, self.views, *pair), fresh=False)
+            )
+        return _page(cursor)
+
+    def projects(self, cursor: Any = 0, *, fresh: bool = True) -> Page[ProjectState]:
+        """List projects by name, each with a summary of its trials."""
+        if isinstance(cursor, int):
+            names = sorted({project for project, _ in self.views.read(_groups, fresh=fresh)})
+            cursor = _in_pages(
+                names, lambda name: self.views.read(partial(_project, self.views, name), fresh=False)
+            )
+        return _page(cursor)
+
+    # events --------------------------------------------------------------------------------------------------
+
+    def events(
+        self, cursor: Any = 0, *, trial: str | None = None, limit: int | None = None, fresh: bool = True
+    ) -> Page[StoredEvent]:
+        """Read the log after a position (the first cursor), in order; of one trial, or all. Raises LogDamaged."""
+        if isinstance(cursor, int):
+            subject = None if trial is None else trial_subject(self._resolve(trial, fresh))
+            cursor = self._events(cursor, subject, limit)
+        return _page(cursor)
+
+    def _resolve(self, text: str, fresh: bool) -> str:
+        return self.resolve(self.views, text, fresh=fresh)
+
+    def _events(self, after: int, subject: str | None, limit: int | None) -> Iterator[list[StoredEvent]]:
+        views, left = self.views, limit
+        log, cut, pace = views.log, views.cut, small_pages(views.pace())
+        upto = log.end() if cut.position is None else min(cut.position, log.end())
+        checker = ChainChecker()
+        for stored in batches(log, after, upto, pace, subject):
+            if left is not None and left <= 0:
+                return
+            found = [
+                event for part in slices(stored, after, cut, pace, checker) for event in stored_events(part)
+            ]
+            found = found if left is None else found[:left]
+            left = None if left is None else left - len(found)
+            yield found
+
+
+def small_pages(pace: Pace) -> Pace:
+    """Read the log in pages small enough to show."""
+    """Make the pages of the log that are read small enough to show."""
+    pace.page_bytes = EVENT_PAGE_BYTES
+    return pace
+
+
+def _page(pages: Iterator[list[T]]) -> Page[T]:
+    items = next(pages, None)
+    return ([], None) if items is None else (items, pages)
+
+
+def _in_pages(names: Iterable[Any], get: Any) -> Iterator[list[Any]]:
+    page: list[Any] = []
+    for name in names:
+        page.append(get(name))
+        if len(page) == GROUPS_PER_PAGE:
+            yield page
+            page = []
+    if page:
+        yield page
+
+
+def _chunks(db: sqlite3.Connection, pace: Pace, number: int, count: int, data: bytes | None) -> list[Chunk]:
+    rows = db.execute(_CHUNKS, (chunk_number(number, 0), chunk_number(number + 1, 0))).fetchall()
+    chunks = []
+    for (points,) in rows:
+        chunks.append(decode_chunk(points))
+        pace.breathe()
+    if len(chunks) != count // CHUNK or any(chunk.count != CHUNK for chunk in chunks):
+        raise DamagedView(f"a series of {count} points has {len(chunks)} full chunks")
+    opened = open_of(count, data)
+    return chunks if opened is None else [*chunks, opened]
+
+
+def _groups(db: sqlite3.Connection) -> list[tuple[str, str]]:
+    """Return all pairs of project and group ("": none) that have a trial or an event of their own, sorted."""
+    found = {(project, group) for project, group in db.execute(_GROUPS) if project}
+    for (subject,) in db.execute(_SUBJECTS):
+        kind, *names = split_subject(subject)
+        found.add((names[0], names[1] if kind == "g" else ""))
+    return sorted(found)
+
+
+def _group(views: Views, project: str, group: str, db: sqlite3.Connection) -> GroupState:
+    with reading(db):
+        own = _own(db, group_subject(project, group))
+        return group_state(own, project, group, _trials(views, db, project, group))
+
+
+def _project(views: Views, project: str, db: sqlite3.Connection) -> ProjectState:
+    with reading(db):
+        return project_state(_own(db, project_subject(project)), project, _trials(views, db, project, None))
+
+
+def _trials(views: Views, db: sqlite3.Connection, project: str, group: str | None) -> Iterator[TrialState]:
+    pace = views.pace()
+    for (data,) in db.execute(_TRIALS_OF, (project, group)):
+        yield read_state(data)
+        pace.breathe()
+
+
+def _own(db: sqlite3.Connection, subject: str) -> SubjectFold | None:
+    row = db.execute(_SUBJECT, (subject,)).fetchone()
+    return None if row is None else decode_subject(subject, row[0])
