@@ -582,6 +582,12 @@ def test_the_error_shown_is_that_of_the_finish_shown() -> None:
     assert folded(*starts, (A, 8, TrialFinished("failed")), stopped).error == "signal 15"
 
 
+def test_a_clock_set_back_does_not_undo_a_finish() -> None:
+    """A writer's finish counts after its own start, although the clock says that it came before."""
+    state = folded((A, 9, TrialStarted()), (A, 5, TrialFinished("completed")))
+    assert (state.status, state.duration_s) == ("completed", 0.0)
+
+
 def test_resumed_after_a_finish() -> None:
     """A start after the finish makes it run again, and the later finish is what counts."""
     way: list[Recorded] = [

@@ -52,7 +52,7 @@ def _figure(name: str, rounds: int, function: Callable[..., Any], url: str, *arg
 
 @benchmark("history")
 def history_of_a_million(run: Run) -> Iterator[Figure]:
-    """client.history of one metric with 1 M points (with --quick 600,000), values included."""
+    """client.history of one metric with 1 M points (with --quick 500,000), values included."""
     points = noisy_events(run)
     url, trial = run.prepared(record_noisy, points)
     figure = _figure("history", run.rounds(3, 7), history, url, trial, points)

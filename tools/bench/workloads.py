@@ -26,7 +26,7 @@ def noisy() -> list[tuple[float, float, float]]:
 
 def noisy_events(run: Run) -> int:
     """Return how many events the log has that is measured, folded and read; from 500,000 on a fold loads numpy."""
-    return run.size(600_000, 1_000_000)
+    return run.size(500_000, 1_000_000)
 
 
 def record_noisy(url: str, events: int) -> str:
