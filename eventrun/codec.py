@@ -37,8 +37,9 @@ _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode  # an item as (time_ns, event); the log call can't afford a function around it
 METRICS_TAG = str(MetricsLogged.__struct_config__.tag)
 _items = msgspec.msgpack.Decoder(list[Item])
-# What decoding any bytes may raise; the last two for text that isn't UTF-8, and for what is nested too deep.
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+# What decoding any bytes may raise: text that isn't UTF-8, keys that can't be hashed, what is nested too deep.
+# Before msgspec 0.20 its own errors are no ValueErrors.
+_UNREADABLE = (msgspec.MsgspecError, ValueError, TypeError, RecursionError)
 _LAST_SEQUENCE = 2**63 - 1
 _raw_items = msgspec.msgpack.Decoder(list[tuple[int, list[Any]]])
 
@@ -135,7 +136,7 @@ def _current(fields: list[Any]) -> Event:
                 f"the log holds events of kind {tag!r}, which this eventrun doesn't know: upgrade eventrun"
             )
         return msgspec.convert(fields, Event)  # type: ignore[arg-type,return-value,no-any-return,unused-ignore]
-    except (ValueError, TypeError) as error:  # msgspec's ValidationError is a ValueError; an upcaster may raise either
+    except _UNREADABLE as error:  # an upcaster may raise the same
         raise LogDamaged(f"an event of kind {tag!r} is malformed: {error}") from error
 
 
@@ -444,7 +445,7 @@ def event_from_json(mapping: dict[str, Any]) -> Event:
     try:
         made = kind(**{name: from_json(field) for name, field in fields.items()})
         return msgspec.msgpack.decode(_encoder.encode(made), type=kind)  # type: ignore[return-value,unused-ignore]
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (*_UNREADABLE, OverflowError) as error:
         raise InvalidValue(f"{kind.__name__}: {error}") from error
 
 

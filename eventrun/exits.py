@@ -6,10 +6,12 @@ Safety never depends on this: what isn't in the log by then stays in the journal
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 import sys
 import threading
 import weakref
+from contextlib import ExitStack
 from types import FrameType
 from typing import Protocol
 
@@ -25,6 +27,7 @@ class Endable(Protocol):
 
 
 _open: weakref.WeakSet[Endable] = weakref.WeakSet()
+_in_children: weakref.WeakSet[Endable] = weakref.WeakSet()  # those that multiprocessing's forks are told of
 _watching = False
 
 
@@ -36,7 +39,11 @@ def watch(client: Endable) -> None:
         _watching = True
         atexit.register(_close_all)
         _handle_sigterm()
-    _close_with_process(client)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=_before_fork)
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+        _close_with_process(client)
 
 
 def forget(client: Endable) -> None:
@@ -45,8 +52,9 @@ def forget(client: Endable) -> None:
 
 
 def _close_all() -> None:
-    for client in tuple(_open):
-        client.close()
+    with ExitStack() as all_of_them:  # even if one of them fails
+        for client in tuple(_open):
+            all_of_them.callback(client.close)
 
 
 def _handle_sigterm() -> None:
@@ -65,10 +73,20 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
     signal.raise_signal(number)
 
 
-def _close_with_process(client: Endable) -> None:
-    # multiprocessing ends its children by os._exit, past atexit; it runs its own finalizers before.
-    multiprocessing = sys.modules.get("multiprocessing.process")
-    if multiprocessing is not None and multiprocessing.parent_process() is not None:
-        from multiprocessing.util import Finalize
+# multiprocessing ends its children by os._exit, past atexit. It runs finalizers of its own before, but a forked child
+# begins by forgetting those that it inherited, and then calls what is registered for "after fork".
 
-        Finalize(client, client.close, exitpriority=0)
+
+def _close_with_process(client: Endable) -> None:
+    from multiprocessing.util import Finalize
+
+    Finalize(client, client.close, exitpriority=0)
+
+
+def _before_fork() -> None:
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        for client in tuple(_open):
+            if client not in _in_children:
+                _in_children.add(client)
+                util.register_after_fork(client, _close_with_process)

@@ -6,6 +6,7 @@ all, doesn't hold back the log; and folding, which is Python work, never delays 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -13,57 +14,130 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from eventrun.errors import Closed
 from eventrun.pending import Pending
 
 if TYPE_CHECKING:
     import asyncio
 
 T = TypeVar("T")
-_Job = Callable[[], None]
+_Call = tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
+
+# Held while a thread of eventrun's imports what takes long. A fork waits for it: the child would have a half-imported
+# module, locked by a thread that it hasn't got, and would wait for ever where it needs that module.
+importing = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release
+    )
 
 
 class Portal:
     """Start work on eventrun's threads from any other thread."""
 
     def __init__(self) -> None:
-        self.forget()
+        self._begin()
+
+    def _begin(self) -> None:
+        # Of callers among each other; eventrun's own threads never wait for it. Reentrant: a signal handler, or a
+        # finalizer that logs, may run while this thread is inside.
+        self._lock = threading.RLock()
+        self._loop: _Loop | None = None
+        self._reader: _Reader | None = None
 
     def forget(self) -> None:
         """Drop the threads without stopping them: in a fork's child they don't exist."""
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_thread: threading.Thread | None = None
-        self._inbox: deque[tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]] = (
-            deque()
-        )
-        self._tasks: set[Any] = set()
-        self._jobs: SimpleQueue[_Job | None] | None = None
-        self._reader_thread: threading.Thread | None = None
+        _inherited.append((self._loop, self._reader))
+        self._begin()
 
     @property
     def started(self) -> bool:
         """Tell whether the background loop has been used."""
-        return self._loop_thread is not None
+        return self._loop is not None
 
     def call(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> Pending[T]:
         """Run a coroutine function on the background loop. Doesn't wait, not even for the loop to start."""
         future: Future[T] = Future()
         with self._lock:
-            self._inbox.append((future, function, arguments))
-            if self._loop_thread is None:
-                self._loop_thread = threading.Thread(target=self._run_loop, name="eventrun-loop", daemon=True)
-                self._loop_thread.start()
-            elif self._loop is not None:
-                self._loop.call_soon_threadsafe(self._drain)
-        return Pending(future, lambda: threading.current_thread() is self._loop_thread)
+            loop = self._running_loop()
+            loop.put((future, function, arguments))
+        return Pending(future, lambda: threading.current_thread() is loop.thread)
 
-    def _run_loop(self) -> None:
-        import asyncio  # here and not above: 40 ms that neither the import of eventrun nor the first log call shall pay
+    def read(self, function: Callable[..., T], *arguments: Any) -> Pending[T]:
+        """Run a function on the reader thread, after those asked for before it."""
+        future: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                result = function(*arguments)
+            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._lock:
+            reader = self._running_reader()
+            reader.put(job)
+        return Pending(future, lambda: threading.current_thread() is reader.thread)
+
+    def stop(self) -> None:
+        """End both threads. What the reader was asked for is done first, what still runs on the loop is cancelled."""
+        # One after the other: what is read may need the loop.
+        with self._lock:
+            reader, self._reader = self._reader, None
+            if reader is not None:
+                reader.put(None)
+        if reader is not None:
+            reader.thread.join()
+        with self._lock:
+            loop, self._loop = self._loop, None
+            if loop is not None:
+                loop.put(None)
+        if loop is not None:
+            loop.thread.join()
+
+    def _running_loop(self) -> _Loop:
+        if (loop := self._loop) is None:
+            made = _Loop()
+            made.thread.start()
+            loop = self._loop = self._loop or made
+            if loop is not made:  # a signal handler that logs was faster
+                made.put(None)
+        return loop
+
+    def _running_reader(self) -> _Reader:
+        if (reader := self._reader) is None:
+            made = _Reader()
+            made.thread.start()
+            reader = self._reader = self._reader or made
+            if reader is not made:
+                made.put(None)
+        return reader
+
+
+class _Loop:
+    """A thread with an asyncio loop."""
+
+    def __init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, name="eventrun-loop", daemon=True)
+        self._inbox: deque[_Call | None] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def put(self, call: _Call | None) -> None:
+        """Have it begun after what was put before; None ends the thread."""
+        self._inbox.append(call)
+        loop = self._loop
+        if loop is not None:  # else the loop looks into the inbox when it begins
+            loop.call_soon_threadsafe(self._drain)
+
+    def _run(self) -> None:
+        with importing:
+            import asyncio  # not above: 40 ms that neither the import of eventrun nor the first log call shall pay
 
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
-        with self._lock:
-            self._loop = loop
+        self._loop = loop
         loop.call_soon(self._drain)
         try:
             loop.run_forever()
@@ -79,63 +153,46 @@ class Portal:
         import asyncio
 
         while self._inbox:
-            future, function, arguments = self._inbox.popleft()
+            call = self._inbox.popleft()
+            if call is None:
+                asyncio.get_running_loop().stop()
+                return
+            future, function, arguments = call
             task = asyncio.ensure_future(_answer(future, function(*arguments)))
             self._tasks.add(task)  # a loop holds its tasks only weakly
             task.add_done_callback(self._tasks.discard)
 
-    def read(self, function: Callable[..., T], *arguments: Any) -> Pending[T]:
-        """Run a function on the reader thread, after those asked for before it."""
-        future: Future[T] = Future()
-
-        def job() -> None:
-            try:
-                result = function(*arguments)
-            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        self._running_reader().put(job)
-        return Pending(future, lambda: threading.current_thread() is self._reader_thread)
-
-    def stop(self) -> None:
-        """End both threads; what was asked for before is done first. May be used again afterwards."""
-        with self._lock:
-            loop, loop_thread, self._loop, self._loop_thread = self._loop, self._loop_thread, None, None
-            jobs, reader, self._jobs, self._reader_thread = self._jobs, self._reader_thread, None, None
-        if jobs is not None and reader is not None:
-            jobs.put(None)
-            reader.join()
-        if loop is not None and loop_thread is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            loop_thread.join()
-
-    def _running_reader(self) -> SimpleQueue[_Job | None]:
-        if self._jobs is None:
-            with self._lock:
-                if self._jobs is None:
-                    jobs: SimpleQueue[_Job | None] = SimpleQueue()
-                    self._reader_thread = threading.Thread(
-                        target=_run_reader, args=(jobs,), name="eventrun-reader", daemon=True
-                    )
-                    self._reader_thread.start()
-                    self._jobs = jobs
-        return self._jobs
-
 
 async def _answer(future: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
+    import asyncio
+
     try:
         result = await coroutine
-    except BaseException as error:
+    except asyncio.CancelledError:
+        # Whoever waits was not cancelled himself.
+        future.set_exception(Closed("eventrun was closed before the answer came"))
+        raise
+    except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
         future.set_exception(error)
-        if not isinstance(error, Exception):  # cancelled: the loop ends
-            raise
     else:
         future.set_result(result)
 
 
-def _run_reader(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # or the last answer would be kept alive until the next question
+class _Reader:
+    """A thread that does one job after another."""
+
+    def __init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, name="eventrun-reader", daemon=True)
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+    def put(self, job: Callable[[], None] | None) -> None:
+        """Have it done after what was put before; None ends the thread."""
+        self._jobs.put(job)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # or the last answer would be kept alive until the next question
+
+
+_inherited: list[object] = []  # of a fork's parent: tasks that are pending complain when they are thrown away

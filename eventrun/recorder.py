@@ -5,6 +5,7 @@
     settle    now and then, so that the engine's write-ahead file isn't needed; then journals are released
 
 Failure policy lives here and nowhere else: whatever the store does, events stay in the journal and are tried again.
+The flusher never waits for a lock that callers hold: a caller may be stopped by a signal handler that waits for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
@@ -22,11 +23,14 @@ from eventrun.clock import time_ns
 from eventrun.codec import NO_DIGEST, Batch, Stream, digest, encode, seal
 from eventrun.errors import Closed, StoreError, StoreUnavailable
 from eventrun.events import Event
-from eventrun.journal import Chunk, Journal, JournalFolder, can_map, new_journal
+from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, can_map, new_journal
 from eventrun.pending import Pending
 from eventrun.portal import Portal
 from eventrun.recovery import RecoveryReport, recover_dead_writers
 from eventrun.stores.base import Store
+
+if TYPE_CHECKING:
+    import asyncio
 
 LINGER_MS = 100.0  # how long an event waits for others before its batch is made
 CLOSE_TIMEOUT_S = 10.0
@@ -35,6 +39,7 @@ COMMIT_BYTES = 16 << 20  # about the most that one append holds, unpacked
 PACKED_PER_COMMIT = 64  # zlib gives up the GIL; a busy main thread makes each return cost up to 5 ms
 SETTLE_BYTES = 32 << 20  # unpacked bytes between two settlings of the store
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
+CLOSE_STORE_S = 1.0  # how long closing waits at least for the store's own end
 MAX_OPEN_JOURNALS = 10_000  # above it, streams that are idle give their journal back
 
 
@@ -92,13 +97,15 @@ class Recording:
 
     def reopen(self, item: bytes) -> None:
         """Keep an item that found no journal, in a new one."""
-        self._recorder.open_journal(self).append(item)
+        journal = self._recorder.open_journal(self)
+        if journal is not None:
+            journal.append(item)
 
     @property
     def recorded(self) -> int:
         """How many events this stream has, the last sequence."""
         journal = self.journal
-        return (self.next if journal is None or journal.closed else journal.next_sequence) - 1
+        return (self.next if journal is None else journal.next_sequence) - 1
 
 
 class Recorder:
@@ -115,11 +122,13 @@ class Recorder:
         folder: Path | None,
         linger_ms: float = LINGER_MS,
         close_timeout_s: float = CLOSE_TIMEOUT_S,
+        forked: Callable[[], object] = lambda: None,
     ) -> None:
         self.portal = portal
         self.linger_ms = linger_ms
         self.close_timeout_s = close_timeout_s
         self._open_store = open_store
+        self._on_fork = forked  # tells the client, and gives what of its own must stay referenced
         self._journals = None if folder is None else folder / "journals"
         self._mapped = folder is not None and can_map(folder)
         self._recordings: dict[str, Recording] = {}  # kept for good: a stream must go on where it ended
@@ -127,20 +136,30 @@ class Recorder:
         _recorders.add(self)
 
     def _begin(self) -> None:
-        self.store = self._open_store()
+        self._store: Store | None = None
         self.writer = int.from_bytes(os.urandom(8), "big") or 1
         # Reentrant: a finalizer that logs may open a stream while this thread opens one.
         self._lock = threading.RLock()
         self._live: dict[str, Recording] = {}  # with an open journal
-        self._folder: JournalFolder | None = None
+        path = None if self._journals is None else self._journals / f"{self.writer:016x}"
+        self._folder = JournalFolder(path, mapped=self._mapped)
         self._flusher: Pending[None] | None = None
         self._closed = False
-        self._wake: Callable[[], None] | None = None
-        self._cycle_lock: Any = None
+        self._closing: Pending[int] | None = None
+        self._cycle_lock: asyncio.Lock | None = None
+        self._settling: asyncio.Task[bool] | None = None
         self._sealed: list[_Sealed] = []  # handed to the store, no answer yet
         self._unsettled_bytes = 0
+        self._settle_at = SETTLE_BYTES
         self._counts = dict.fromkeys(("durable", "batches", "commits", "failed_commits", "settled", "recovered"), 0)
         self._last_error: str | None = None
+
+    @property
+    def store(self) -> Store:
+        """The store, opened on first use."""
+        if self._store is None:
+            self._store = self._open_store()
+        return self._store
 
     # recording: any thread ------------------------------------------------------------------------------------
 
@@ -152,30 +171,43 @@ class Recorder:
                 recording = self._recordings[subject] = Recording(self, subject)
             return recording
 
-    def open_journal(self, recording: Recording) -> Journal:
-        """Give a stream a journal, unless another thread has just done so."""
+    def open_journal(self, recording: Recording) -> Journal | None:
+        """Give a stream a journal, unless another thread has just done so; None: no room, which is counted."""
         with self._lock:
-            if self._closed:
-                raise Closed("the client was closed before this call; open another with eventrun.open(...)")
-            journal = recording.journal
-            if journal is None or journal.closed:
-                journal = recording.journal = self._new_journal(recording)
-                recording.append = journal.append
-                recording.ended = False
-                self._live[recording.subject] = recording
-            if self._flusher is None:
-                self._flusher = self.portal.call(self._flush_for_ever)
-            return journal
+            while (journal := recording.journal) is None or journal.closed:
+                made = None if self._closed else self._new_journal(recording)
+                # No call from here to the end of the branch: `_shut` comes before it or after it, and a finalizer
+                # that logs, which may have opened a journal meanwhile, too.
+                if recording.journal is journal and made is not None and not self._closed:
+                    self._live[recording.subject] = recording
+                    recording.journal = made
+                    recording.ended = False
+                elif made is not None:
+                    made.close()
+                if self._closed:
+                    raise Closed("the client was closed before this call; open another with eventrun.open(...)")
+                if made is None:
+                    return None
+            recording.append = journal.append
+            begin = self._flusher is None
+        # Outside the lock: a finalizer that logs may come in between, in a thread that holds the portal's.
+        if begin:
+            self._begin_flushing()
+        return journal
 
-    def _new_journal(self, recording: Recording) -> Journal:
-        if self._folder is None:
-            path = None if self._journals is None else self._journals / f"{self.writer:016x}"
-            self._folder = JournalFolder(path, mapped=self._mapped)
+    def _new_journal(self, recording: Recording) -> Journal | None:
         stream = Stream(recording.subject, self.writer)
         segment = self._folder.segment(stream)
         if segment is None:
-            raise StoreUnavailable(f"no room for another trial, neither on disk nor in memory: {self._folder.problem}")
+            self._folder.drop()
+            return None
         return new_journal(self._folder, stream, segment, recording.next, recording.reopen)
+
+    def _begin_flushing(self) -> None:
+        try:
+            self._flusher = self.portal.call(self._flush_for_ever)
+        except RuntimeError as error:  # no thread to be had; the events are kept, and the next stream tries again
+            self._last_error = str(error)
 
     def end(self, recording: Recording) -> None:
         """Say that a stream is complete: its journal is given back when the log holds it all."""
@@ -186,12 +218,12 @@ class Recorder:
     async def _flush_for_ever(self) -> None:
         import asyncio
 
-        pause = self.linger_ms / 1000
+        pause = linger = self.linger_ms / 1000
         while not self._closed:
             await asyncio.sleep(pause)
             try:
-                await self._cycle()
-                pause = self.linger_ms / 1000
+                # What fills a batch needn't wait for more.
+                pause = 0 if await self._cycle() >= BATCH_BYTES else linger
             except Exception as error:  # noqa: BLE001 - the one place: events stay in the journal, to be tried again
                 self._note_failure(error)
                 pause = min(max(pause * 2, RETRY_MIN_S), RETRY_MAX_S)
@@ -200,21 +232,30 @@ class Recorder:
         self._counts["failed_commits"] += 1
         self._last_error = str(error) or repr(error)
 
-    async def _cycle(self) -> bool:
-        """Append what is new, at most COMMIT_BYTES; tell whether there was anything."""
+    async def _cycle(self) -> int:
+        """Append what is new, at most about COMMIT_BYTES; tell how many bytes that was."""
         import asyncio
 
         self._cycle_lock = self._cycle_lock or asyncio.Lock()
         async with self._cycle_lock:
             # A batch whose append failed may be in the log all the same, so it is sent again as it was.
             self._sealed = self._sealed or self._seal()
+            moved = sum(len(each.chunk.payload) for each in self._sealed)
             if self._sealed:
                 await self._append_sealed()
-            if self._unsettled_bytes >= SETTLE_BYTES or (self._unsettled_bytes and self._wants_release()):
-                await self._settle()
             for _, journal in self._open_journals():
                 journal.prepare()
-            return any(journal.has_new for _, journal in self._open_journals())
+        if self._unsettled_bytes >= self._settle_at or (self._unsettled_bytes and self._wants_release()):
+            self._begin_settling()
+        return moved
+
+    def _begin_settling(self) -> asyncio.Task[bool]:
+        # Beside the appends: a reader may hinder it for seconds.
+        import asyncio
+
+        if self._settling is None or self._settling.done():
+            self._settling = asyncio.create_task(self._settle())
+        return self._settling
 
     def _open_journals(self) -> list[tuple[Recording, Journal]]:
         live = tuple(self._live.values())
@@ -230,13 +271,16 @@ class Recorder:
                 peeked.extend((recording, journal, chunk) for chunk in chunks)
         sizes = sorted((len(chunk.payload) for _, _, chunk in peeked), reverse=True)
         smallest_packed = sizes[PACKED_PER_COMMIT] + 1 if len(sizes) > PACKED_PER_COMMIT else 0
+        digests: dict[Recording, bytes] = {}  # kept only when all is sealed, or the chain would break
         sealed = []
         for recording, journal, chunk in peeked:
             stream = Stream(recording.subject, self.writer)
             pack = len(chunk.payload) >= smallest_packed
-            batch = seal(stream, *chunk, recording.digest, pack=pack)
-            recording.digest = digest(batch)
+            batch = seal(stream, *chunk, digests.get(recording, recording.digest), pack=pack)
+            digests[recording] = digest(batch)
             sealed.append(_Sealed(recording, chunk, batch, journal))
+        for recording, last in digests.items():
+            recording.digest = last
         return sealed
 
     async def _append_sealed(self) -> None:
@@ -245,7 +289,7 @@ class Recorder:
         for each in sealed:
             each.journal.confirm(each.chunk)
             each.recording.durable = each.batch.header.last
-            self._counts["durable"] += each.chunk.count
+            self._counts["durable"] += each.chunk.events
             self._unsettled_bytes += len(each.chunk.payload)
         self._counts["batches"] += len(sealed)
         self._counts["commits"] += 1
@@ -256,32 +300,45 @@ class Recorder:
         ended = sum(recording.ended for recording in tuple(self._live.values()))
         return ended >= 100 or len(self._live) > MAX_OPEN_JOURNALS
 
-    async def _settle(self) -> None:
-        """Make the log independent of the engine's write-ahead file, then give journals back."""
+    async def _settle(self) -> bool:
+        """Make the log independent of the engine's write-ahead file, then give journals back; False when it failed."""
         durable = [(recording, journal, recording.durable) for recording, journal in self._open_journals()]
-        await self.store.settle()
-        self._unsettled_bytes = 0
+        unsettled = self._unsettled_bytes
+        try:
+            await self.store.settle()
+        except Exception as error:  # noqa: BLE001 - of the one place: what isn't given back does no harm
+            self._last_error = str(error) or repr(error)
+            self._settle_at = self._unsettled_bytes + SETTLE_BYTES
+            return False
+        self._unsettled_bytes -= unsettled
+        self._settle_at = SETTLE_BYTES
         self._counts["settled"] += 1
         crowded = len(self._live) > MAX_OPEN_JOURNALS
         for recording, journal, sequence in durable:
             journal.release(sequence)
             if (recording.ended or crowded) and recording.recorded == sequence:
                 self._close_journal(recording, journal)
+        return True
 
     def _close_journal(self, recording: Recording, journal: Journal) -> None:
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # a stream is just being opened; another time
+        try:
+            recording.next = recording.durable + 1  # what a finalizer that logs right after the close needs
             if journal.close():
-                recording.next = recording.durable + 1
-                recording.journal = None
-                recording.append = recording.reopen
-                self._live.pop(recording.subject, None)
+                reopen = recording.reopen
+                if recording.journal is journal:  # no call from here
+                    recording.journal = None
+                    recording.append = reopen
+                    self._live.pop(recording.subject, None)
+        finally:
+            self._lock.release()
 
     # waiting: flush and close ---------------------------------------------------------------------------------
 
     def flush(self) -> Pending[None]:
         """Wait until all that was recorded before this call is durable. Raises StoreError; nothing is lost then."""
-        targets = [(recording, recording.recorded) for recording in tuple(self._live.values())]
-        return self.portal.call(self._flush, targets)
+        return self.portal.call(self._flush, self._targets())
 
     async def _flush(self, targets: list[tuple[Recording, int]]) -> None:
         try:
@@ -296,40 +353,60 @@ class Recorder:
 
         What is left is taken in by the next open of the store. Recording afterwards raises Closed.
         """
-        return self.portal.call(self._close)
+        if self._closing is None:
+            self._closing = self.portal.call(self._close)
+        return self._closing
 
     async def _close(self) -> int:
         import asyncio
 
+        deadline = asyncio.get_running_loop().time() + self.close_timeout_s
         done = False
         try:
-            async with asyncio.timeout(self.close_timeout_s):
-                await self._flush([(r, r.recorded) for r in tuple(self._live.values())])
-                with self._lock:
-                    self._closed = True
-                while await self._cycle():
-                    pass
-                if self._unsettled_bytes:
-                    await self._settle()
+            async with asyncio.timeout_at(deadline):
+                await self._drain()  # while others may still record
+                self._shut()
+                await self._drain()
                 done = True
-        except (TimeoutError, StoreError) as error:
+                while done and self._unsettled_bytes:
+                    done = await self._begin_settling()
+        except Exception as error:  # noqa: BLE001 - of the one place: what is left stays in the journal
+            done = False
             self._last_error = str(error) or "the store didn't answer in time"
-        self._closed = True
-        left = sum(recording.recorded - recording.durable for recording in self._recordings.values())
-        if self._folder is not None:
-            if done and not left:
-                for recording, journal in self._open_journals():
-                    journal.release(recording.durable)
-                    self._close_journal(recording, journal)
-                self._folder.remove()
-            else:
-                self._folder.abandon()
+        self._shut()
+        left = sum(recording.recorded - recording.durable for recording in tuple(self._recordings.values()))
+        if done and not left:
+            self._folder.remove()
+        else:
+            self._folder.abandon()
         try:
-            async with asyncio.timeout(self.close_timeout_s):
-                await self.store.aclose()
-        except (TimeoutError, StoreError) as error:
+            async with asyncio.timeout_at(max(deadline, asyncio.get_running_loop().time() + CLOSE_STORE_S)):
+                if self._store is not None:
+                    await self._store.aclose()
+        except Exception as error:  # noqa: BLE001 - of the one place: all that matters is done
             self._last_error = str(error) or "the store couldn't be closed in time"
         return left
+
+    def _shut(self) -> None:
+        self._closed = True
+        for _, journal in self._open_journals():
+            journal.shut()
+
+    async def _drain(self) -> None:
+        """Append all that was recorded until now, trying again while the store is unavailable."""
+        import asyncio
+
+        pause = RETRY_MIN_S
+        targets = self._targets()
+        while True:
+            try:
+                return await self._flush(targets)
+            except StoreUnavailable:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_MAX_S)
+
+    def _targets(self) -> list[tuple[Recording, int]]:
+        return [(recording, recording.recorded) for recording in tuple(self._live.values())]
 
     async def recover(self) -> RecoveryReport:
         """Take in what killed writers of this host left."""
@@ -338,6 +415,10 @@ class Recorder:
         report = await recover_dead_writers(self.store, self._journals)
         self._counts["recovered"] += report.events
         return report
+
+    def damaged(self) -> list[Path]:
+        """Find the folders of killed writers that could not be taken in whole."""
+        return [] if self._journals is None else sorted(self._journals.glob("*" + DAMAGED_SUFFIX))
 
     # looking --------------------------------------------------------------------------------------------------
 
@@ -360,19 +441,17 @@ class Recorder:
         """Count what was done and what is held. Cheap, on any thread."""
         recordings = tuple(self._recordings.values())
         journals = [journal for _, journal in self._open_journals()]
-        folder = self._folder
-        crash_safe = self._journals is not None if folder is None else folder.crash_safe
         return Statistics(
             writer=f"{self.writer:016x}",
             recorded=sum(recording.recorded for recording in recordings),
-            dropped=0 if folder is None else folder.dropped_events,
+            dropped=self._folder.dropped_events,
             streams=len(journals),
             held_bytes=sum(journal.held_bytes for journal in journals),
-            journal_bytes=0 if folder is None else folder.file_bytes(),
-            memory_bytes=0 if folder is None else folder.memory_bytes,
-            acknowledgement="crash_safe" if crash_safe else "accepted",
+            journal_bytes=self._folder.file_bytes(),
+            memory_bytes=self._folder.memory_bytes,
+            acknowledgement="crash_safe" if self._folder.crash_safe else "accepted",
             last_error=self._last_error,
-            problem=None if folder is None else folder.problem,
+            problem=self._folder.problem,
             **self._counts,
         )
 
@@ -380,13 +459,16 @@ class Recorder:
 
     def forked(self) -> None:
         """In a fork's child: leave all of the parent's alone and be a new writer from the first record on."""
-        _inherited.append((self.store, self._folder, self._sealed, [r.journal for r in self._recordings.values()]))
-        if self._folder is not None:
-            self._folder.abandon()
+        journals = [recording.journal for recording in self._recordings.values()]
+        running = (self._flusher, self._closing, self._cycle_lock, self._settling)
+        _inherited.append((self._store, self._folder, self._sealed, journals, running, self._on_fork()))
+        self._folder.abandon()
         self.portal.forget()
         for recording in self._recordings.values():
             recording.renew()
+        closed = self._closed
         self._begin()
+        self._closed = closed
 
 
 # What a fork's child has of its parent's: referenced for ever and never touched, because closing an SQLite connection

@@ -13,9 +13,9 @@ from msgspec import Struct
 
 from eventrun.clock import time_ns
 from eventrun.codec import Stream, decode_items, digest, encode_item, items_of, payload_of, seal
-from eventrun.errors import Conflict, LogDamaged
+from eventrun.errors import Conflict, FormatTooNew, LogDamaged
 from eventrun.events import WriterEnded
-from eventrun.journal import DAMAGED_SUFFIX, dead_writers, recover, remove_folder, segments_in
+from eventrun.journal import dead_writers, keep_damaged, recover, remove_folder, segments_in
 from eventrun.journal.scan import Found, Recovered
 from eventrun.stores.base import Store, Tip
 
@@ -37,6 +37,12 @@ async def recover_dead_writers(store: Store, journals: Path) -> RecoveryReport:
     for folder, descriptor in dead_writers(journals):
         try:
             await _recover_writer(store, folder, report)
+        except (
+            Conflict,
+            FormatTooNew,
+            OSError,
+        ) as error:  # nothing is lost, and the others need not wait for it
+            report.problems.append(f"{folder.name} is left for the next open: {error}")
         finally:
             os.close(descriptor)
     return report
@@ -50,47 +56,49 @@ async def _recover_writer(store: Store, folder: Path, report: RecoveryReport) ->
         except LogDamaged as error:
             problems.append(str(error))
     for stream in streams:
-        if stream.subject.startswith("t/"):
+        if stream.subject.startswith("t/") and (await store.tip(stream)).sequence:
             await _note_end(store, stream)
     await store.settle()
     report.writers += 1
     if problems:
         report.problems.extend(f"{folder.name}: {problem}" for problem in problems)
-        folder.rename(folder.with_name(folder.name + DAMAGED_SUFFIX))
+        keep_damaged(folder)
     else:
         remove_folder(folder)
 
 
 async def _recover_stream(store: Store, stream: Stream, segments: list[Found], problems: list[str]) -> int:
     tip = await store.tip(stream)
-    events = 0
-    ends = [segment.first - 1 for segment in segments[1:]]
-    for segment, end in zip(segments, [*ends, tip.sequence], strict=True):
+    events = position = 0
+    for segment, following in zip(segments, [*segments[1:], None], strict=True):
         if segment.first > tip.sequence + 1:
             raise LogDamaged(f"{stream}: sequences {tip.sequence + 1} to {segment.first - 1} are missing")
-        logged, count = await _logged(store, stream, segment.first, min(end, tip.sequence))
-        found = recover(segment, logged, count)
+        last = tip.sequence if following is None else min(following.first - 1, tip.sequence)
+        logged, position = await _logged(store, stream, segment.first, last, position)
+        found = recover(segment, logged, max(0, last - segment.first + 1))
         if found.problem is not None:
             problems.append(f"{segment.path.name}: {found.problem}")
-        if found.count:
+        if found.events:
             tip = await _append(store, segment, found, tip)
-            events += found.count
+            events += found.events
     return events
 
 
-async def _logged(store: Store, stream: Stream, first: int, last: int) -> tuple[bytes, int]:
-    """Return the log's bytes of a stream's sequences from `first` to `last`, and how many events they are."""
-    if first > last:
-        return b"", 0
+async def _logged(store: Store, stream: Stream, first: int, last: int, position: int) -> tuple[bytes, int]:
+    """Return the log's bytes of a stream's sequences from `first` to `last`, and where to look for the next ones."""
     payloads: list[bytes] = []
-    position = 0
-    while batches := await store.read(position, subject=stream.subject):
+    while first <= last and (batches := await store.read(position, subject=stream.subject)):
         for stored in batches:
             header = stored.batch.header
             if header.stream == stream and first <= header.first <= last:
                 payloads.append(payload_of(stored.batch))
-        position = batches[-1].last_position
-    return b"".join(payloads), last - first + 1
+                first = header.last + 1
+            if first > last:
+                break
+            position = stored.last_position
+    if first <= last:
+        raise LogDamaged(f"{stream}: the log lacks sequences {first} to {last} of those that it had")
+    return b"".join(payloads), position
 
 
 async def _append(store: Store, segment: Found, found: Recovered, tip: Tip) -> Tip:

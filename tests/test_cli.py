@@ -9,18 +9,22 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
 import eventrun
-from eventrun.cli import main
+from eventrun.cli import main, terminal
 from eventrun.cli.opening import moment
 from eventrun.cli.verbs import VERBS, parse
 from eventrun.errors import InvalidValue
+from eventrun.pending import Pending
 from eventrun.summary import width
 
 NAMES = ("plain", "ünïcode 学習率", "n" * 200, "esc\x1b[2Jape\nline", "[bold]markup[/bold]")
@@ -485,7 +489,8 @@ def test_a_bad_import_is_named(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(run("events", "--limit", "2", "--json").out + "{}\n", encoding="utf-8")
     shown = run("--store", str(tmp_path / "other"), "import", str(file))
-    assert shown.code == 2
+    assert shown.code == 1
+    assert len(shown.err.splitlines()) == 2
     assert f"{file}, line 3" in shown.err
     assert len(run("--store", str(tmp_path / "other"), "events").lines) == 2
     assert run("import", str(tmp_path / "nowhere")).code == 1
@@ -688,3 +693,102 @@ def test_without_rich_the_table_is_the_same(store: Path, tmp_path: Path) -> None
     without = on_terminal("--store", str(store), "ls", columns=90, PYTHONPATH=path)
     assert "\x1b" not in without.out
     assert without_escapes(with_rich.out) == without.out
+
+
+class Terminal(io.StringIO):
+    """A stream that says that a person looks at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(params=["rich", "plain"])
+def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Stderr as a terminal, on which progress shows at once, with rich and without."""
+    if request.param == "rich":
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setattr(terminal, "_console", lambda _: None)
+    seen = Terminal()
+    # Not sys.stderr itself, which pytest replaces between this and the test.
+    monkeypatch.setattr(terminal, "sys", SimpleNamespace(stderr=seen, stdout=seen))
+    monkeypatch.setattr(terminal, "PROGRESS_AFTER_S", 0.0)
+    monkeypatch.setattr(terminal, "REDRAW_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("CI", raising=False)
+    return seen
+
+
+def test_progress_tells_what_is_done_and_leaves_nothing(screen: Terminal) -> None:
+    """What is counted shows as a number, or as a part of the whole; at the end the line is empty again."""
+    with terminal.progress("counting") as tick:
+        for done in (1000, 2000):
+            tick(done)
+    assert "counting" in screen.getvalue()
+    assert "2,000 events" in without_escapes(screen.getvalue())
+    assert screen.getvalue().endswith("\x1b[K") or screen.getvalue().endswith("\x1b[2K")
+    with terminal.progress("copying", 4000) as tick:
+        tick(1000)
+    assert "25 %" in without_escapes(screen.getvalue())
+
+
+def test_waiting_shows_that_something_is_going_on(screen: Terminal) -> None:
+    """An answer that takes long is waited for under its label; its error is raised as it is."""
+    slow: Future[int] = Future()
+    threading.Timer(0.3, slow.set_result, (7,)).start()
+    assert terminal.wait(Pending(slow), "thinking") == 7
+    assert "thinking" in screen.getvalue()
+    failed: Future[int] = Future()
+    failed.set_exception(TimeoutError("of the work itself"))
+    with pytest.raises(TimeoutError, match="of the work itself"):
+        terminal.wait(Pending(failed), "failing")
+
+
+@pytest.mark.parametrize("changes", [{"CI": "true"}, {"TERM": "dumb"}])
+def test_no_progress_where_nobody_looks(
+    changes: dict[str, str], screen: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CI logs and dumb terminals get no lines that are drawn anew."""
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    with terminal.progress("counting") as tick:
+        tick(1000)
+    assert screen.getvalue() == ""
+
+
+def test_demo_on_a_terminal_fits_on_a_screen(tmp_path: Path) -> None:
+    """The closing block with its courses, the table, the verdict and the next commands stand on one screen."""
+    shown = on_terminal("demo", "--seconds", "0.3", "--store", str(tmp_path / "demo"), columns=100)
+    assert shown.code == 0
+    lines = without_escapes(shown.out).splitlines()
+    assert len(lines) < 50
+    assert any(line.startswith("eventrun: 12 trials, ") for line in lines)
+    assert any(line.startswith("ok: ") for line in lines)
+
+
+def test_ctrl_c_ends_a_long_verb_quietly(tmp_path: Path) -> None:
+    """An interrupted demo says nothing, exits with 130, and its trials are interrupted, not lost."""
+    folder = str(tmp_path / "runs")
+    command = [
+        sys.executable,
+        "-m",
+        "eventrun",
+        "demo",
+        "--seconds",
+        "60",
+        "--trials",
+        "2",
+        "--store",
+        folder,
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as child:
+        assert child.stderr is not None
+        assert "training" in child.stderr.readline()
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+        assert "Traceback" not in child.stderr.read()
+    with eventrun.open(folder, quiet=True) as client:
+        assert {trial.status for trial in client.trials()} == {"interrupted"}

@@ -330,7 +330,7 @@ def test_json_that_is_nested_too_deep() -> None:
 # chain
 
 
-@given(batches(4), batches(4))
+@given(batches(3), batches(3))
 def test_a_whole_chain_is_accepted(one: list[Batch], other: list[Batch]) -> None:
     """Batches that follow each other in their streams pass, however the streams are mixed."""
     checker = ChainChecker()

@@ -6,10 +6,11 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 import msgspec
@@ -33,7 +34,7 @@ from eventrun.events import (
     trial_subject,
 )
 from eventrun.portal import Portal
-from eventrun.projections import Points, Projection
+from eventrun.projections import TRIALS_VERSION, Points, Projection
 from eventrun.projector import Views, generations, transactions
 from eventrun.projector import log as reading
 from eventrun.projector import series as packing
@@ -45,6 +46,7 @@ from eventrun.testing import chain, scalars
 
 ONE, TWO = Stream(trial_subject("one"), 1), Stream(trial_subject("two"), 2)
 ANSWER_S = 60.0
+T = TypeVar("T")
 
 
 class Lab:
@@ -52,28 +54,36 @@ class Lab:
 
     def __init__(self, url: str) -> None:
         self._portal = Portal()
+        self.url = url
         self.store: Store = open_store(url)
-        self.log = Log(self._read, lambda: self._portal.call(self.store.end).result(ANSWER_S))
+        self.log = Log(self._read, lambda: self.wait(self.store.end()))
         self.reads: list[tuple[int, str | None]] = []
         self._last: dict[Stream, Batch] = {}
+
+    def wait(self, answer: Coroutine[Any, Any, T]) -> T:
+        """Wait for what the store does."""
+        if self.url != "memory:":
+            return self._portal.call(lambda: answer).result(ANSWER_S)
+        try:
+            answer.send(None)  # the memory store's coroutines never wait
+        except StopIteration as done:
+            return cast(T, done.value)
+        raise AssertionError("it waits")
 
     def _read(
         self, after: int, *, subject: str | None = None, limit_bytes: int = 1 << 20
     ) -> list[StoredBatch]:
-        async def read() -> list[StoredBatch]:
-            return await self.store.read(after, subject=subject, limit_bytes=limit_bytes)
-
         self.reads.append((after, subject))
-        return self._portal.call(read).result(ANSWER_S)
+        return self.wait(self.store.read(after, subject=subject, limit_bytes=limit_bytes))
 
     def append(self, stream: Stream, *groups: Sequence[Item]) -> None:
         """Append a batch of each group of items."""
         batches = chain(stream, groups, self._last.get(stream))
-        self._portal.call(self.store.append, batches).result(ANSWER_S)
+        self.wait(self.store.append(batches))
         self._last[stream] = batches[-1]
 
     def close(self) -> None:
-        self._portal.call(self.store.aclose).result(ANSWER_S)
+        self.wait(self.store.aclose())
         self._portal.stop()
 
 
@@ -158,7 +168,7 @@ def packed_in_parts(values: Sequence[Any], steps: Sequence[Any], cuts: Sequence[
     full: list[bytes] = []
     opened: packing.Chunk | None = None
     bounds = [0, *sorted(cut for cut in cuts if cut < len(values)), len(values)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         for chunk in packing.Packer().extend(opened, points_of(values[start:end], steps[start:end], start)):
             opened = chunk
             if chunk.count == packing.CHUNK:
@@ -189,6 +199,20 @@ def test_a_packed_column_gives_back_its_elements(values: list[Any]) -> None:
     """Types, NaN, -0.0, 64-bit integers, text and None survive."""
     if values:
         assert repr(list(packing.unpack(packing.pack(values), len(values)))) == repr(values)
+
+
+def test_metrics_of_the_same_calls_are_packed_like_others() -> None:
+    """What they share is packed once, also when one of them has been logged more often before."""
+    earlier, later = points_of([0.5], [None]), points_of([1.5, 2.5], [None, 7], start=1)
+    packer = packing.Packer()
+    [often] = packer.extend(next(packing.Packer().extend(None, earlier)), later)
+    [seldom] = packer.extend(None, later)
+    assert [list(packing.unpack(chunk.steps, chunk.count)) for chunk in (often, seldom)] == [
+        [None, None, 7],
+        [None, 7],
+    ]
+    [twice] = packer.extend(next(packer.extend(None, points_of([0.5] * 2, [None] * 2))), later)
+    assert list(packing.unpack(twice.steps, 4)) == [None, None, None, 7]
 
 
 def test_regular_columns_take_no_room() -> None:
@@ -262,9 +286,13 @@ HAPPENINGS: st.SearchStrategy[Event] = st.one_of(
     st.builds(TagsAdded, st.dictionaries(st.sampled_from(["x", "y", "\x1f"]), st.none(), min_size=1)),
 )  # fmt: skip
 HISTORIES = st.lists(
-    st.tuples(st.sampled_from(SUBJECTS), st.integers(1, 2), st.lists(st.tuples(st.integers(0, 99), HAPPENINGS), min_size=1, max_size=30)),
+    st.tuples(
+        st.sampled_from(SUBJECTS),
+        st.integers(1, 2),
+        st.lists(st.tuples(st.integers(0, 99), HAPPENINGS), min_size=1, max_size=30),
+    ),
     max_size=8,
-)  # fmt: skip
+)
 
 
 @given(HISTORIES, st.randoms(use_true_random=False), st.booleans())
@@ -272,19 +300,20 @@ def test_views_are_the_same_however_they_were_folded(
     history: Any, chance: random.Random, gentle: bool
 ) -> None:
     """Batches of any size, any number of catch-ups, gentle or not, few trials in memory or many: one digest."""
+    few: Any = {"CHUNK": 4, "LIVE_TRIALS": 1, "LIVE_POINTS": 10, "ROWS": 2, "WAITING_SERIES": 1}
     small = (
-        mock.patch.multiple("eventrun.projector.catchup", CHUNK=4, LIVE_TRIALS=1, LIVE_POINTS=10, ROWS=2, WAITING_SERIES=1),
+        mock.patch.multiple("eventrun.projector.catchup", **few),
         mock.patch.multiple("eventrun.projector.series", CHUNK=4),
         mock.patch.multiple("eventrun.projector", STINT_EVENTS=9, GENTLE_STINT_EVENTS=5),
         mock.patch.multiple("eventrun.projector.log", PIECE_BYTES=60, PAGE_BYTES=300, GENTLE_PAGE_BYTES=100),
-    )  # fmt: skip
+    )
     with opened() as lab, opened() as other, small[0], small[1]:
         views = Views(None, lab.log, gentle=lambda: gentle, snapshot_every=7)
         with small[2], small[3]:
             for subject, writer, items in history:
                 cuts = sorted(chance.sample(range(1, len(items)), chance.randint(0, min(3, len(items) - 1))))
                 bounds = [0, *cuts, len(items)]
-                for start, end in zip(bounds, bounds[1:], strict=False):
+                for start, end in pairwise(bounds):
                     lab.append(Stream(subject, writer), items[start:end])
                     if chance.random() < 0.5:
                         views.catch_up()
@@ -371,7 +400,6 @@ portal.stop()
 """
 
 
-@pytest.mark.slow
 def test_processes_share_the_views(lab: Lab, folder: Path) -> None:
     """Three processes catch up and one rebuilds again and again while this one appends: no error, no lost event."""
     total = 40 * 50
@@ -401,7 +429,7 @@ def test_threads_share_the_views(lab: Lab, folder: Path) -> None:
             for _ in range(20):
                 views.catch_up()
             found.append(views.digest())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - shown by the test's own thread
             errors.append(error)
         finally:
             views.close()
@@ -493,7 +521,7 @@ def test_views_of_another_version_are_made_anew(
     views.catch_up()
     [before] = folder.glob("views-*.db")
     views.close()
-    monkeypatch.setattr(generations, "TRIALS_VERSION", generations.TRIALS_VERSION + 1)
+    monkeypatch.setattr(generations, "TRIALS_VERSION", TRIALS_VERSION + 1)
     views.catch_up()
     assert metrics_in(views, "one") == 50
     assert not views.in_memory
@@ -716,8 +744,8 @@ def test_verify_finds_nothing_wrong_in_a_good_log(lab: Lab) -> None:
 def test_verify_goes_past_what_the_store_cannot_read(lab: Lab, folder: Path) -> None:
     """A batch whose header or count is damaged costs itself; what comes after it is checked too."""
     fill(lab)
-    lab.store, damaged = open_store(folder), lab.store
-    lab._portal.call(damaged.aclose).result(ANSWER_S)
+    lab.wait(lab.store.aclose())
+    lab.store = open_store(folder)
     with sqlite3.connect(folder / "log.db") as db:
         db.execute("UPDATE batches SET frame = CAST('xxxx' || substr(frame, 5) AS BLOB) WHERE position = 11")
         db.execute("UPDATE batches SET count = 'x' WHERE position = 31")

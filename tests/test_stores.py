@@ -1,13 +1,13 @@
 """The stores: the public suite on each, and what only SQLite can do wrong."""
 
 import asyncio
-import os
 import random
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -419,10 +419,15 @@ def test_a_cancelled_append_is_finished(store: SqliteStore, run: Run) -> None:
 
 # places where nothing can be written, or that vanish
 
-_AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 _READ = (
     _MAKE
     + """
+import aiosqlite, sqlite3  # afterwards nothing more can be imported, perhaps
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
 async def main():
     store = SqliteStore(Path(sys.argv[1]), create=len(sys.argv) > 2)
     try:
@@ -441,63 +446,74 @@ except StoreUnavailable as error:
 )
 
 
-def as_nobody(folder: Path, *arguments: str) -> str:
-    """Run _READ as a user who may read `folder` only."""
-    for parent in list(folder.parents)[:-1]:
-        if os.stat(parent).st_uid == os.getuid() and not os.stat(parent).st_mode & 1:
-            parent.chmod(parent.stat().st_mode | 0o055)
-    command = [*_AS_NOBODY, sys.executable, "-c", _READ, str(folder), *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=True, cwd=Path(__file__).parent.parent
-    ).stdout
+@pytest.fixture
+def shown() -> Iterator[Path]:
+    """Return a folder that other users may look into; pytest's own can't be."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
-needs_setpriv = pytest.mark.skipif(
-    not hasattr(os, "getuid") or os.getuid() != 0 or not shutil.which("setpriv"),
-    reason="only root becomes another user",
-)
+def as_nobody(path: Path, *arguments: str) -> str:
+    """Run _READ as a user for whom the bits of permissions count: nobody for root, else this one."""
+    return output(python(_READ, path, *arguments))
 
 
-@needs_setpriv
-def test_a_read_only_place(folder: Path, run: Run) -> None:
-    """A log that this user can't write is read as it is, and an append says why it can't be."""
-    written(folder, run, some_batches(5))
+def make_read_only(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.chmod(0o444)
     folder.chmod(0o555)
-    out = as_nobody(folder).splitlines()
+
+
+needs_permissions = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
+
+
+@needs_permissions
+def test_a_read_only_place(shown: Path, run: Run) -> None:
+    """A log that this user can't write is read as it is, and an append says why it can't be."""
+    written(shown / "runs", run, some_batches(5))
+    make_read_only(shown / "runs")
+    out = as_nobody(shown / "runs").splitlines()
     assert out[0] == "5 15 None"
     assert "opened to read only" in out[1]
-    assert {file.name for file in folder.iterdir()} == {"log.db", "log.mark"}
+    assert {file.name for file in (shown / "runs").iterdir()} == {"log.db", "log.mark"}
 
 
-@needs_setpriv
-def test_a_read_only_place_while_it_is_written(store: SqliteStore, folder: Path, run: Run) -> None:
+@needs_permissions
+def test_a_read_only_place_while_it_is_written(shown: Path, run: Run) -> None:
     """Another user's log is read while its owner appends, the newest batches included."""
-    run(store.append, some_batches(5))
-    assert as_nobody(folder).splitlines()[0] == "5 15 None"
+    opened = SqliteStore(shown / "runs")
+    run(opened.append, some_batches(5))
+    make_read_only(shown / "runs")
+    assert as_nobody(shown / "runs").splitlines()[0] == "5 15 None"
+    run(opened.aclose)
 
 
-@needs_setpriv
-def test_a_read_only_place_with_a_write_ahead_file(folder: Path, run: Run) -> None:
+@needs_permissions
+def test_a_read_only_place_with_a_write_ahead_file(shown: Path, run: Run) -> None:
     """Events that lie in a write-ahead file nobody can read are not passed over in silence."""
+    folder = shown / "runs"
     written(folder, run, some_batches(5), settle=False)
     (folder / "log.db-shm").unlink()
-    folder.chmod(0o555)
-    out = as_nobody(folder)
-    assert "holds the newest events" in out
+    make_read_only(folder)
+    assert "holds the newest events" in as_nobody(folder)
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
     assert len(everything(run, folder)) == 5
 
 
-@needs_setpriv
-def test_no_permission(tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o700)
-    assert "can't be made" in as_nobody(closed / "runs", "create")
-    assert "there is no store in" in as_nobody(closed / "runs")
-    shown = tmp_path / "shown"
-    shown.mkdir(mode=0o755)
-    assert "can't be written" in as_nobody(shown, "create")
-    (shown / "log.db").touch(mode=0o600)
-    assert "can't be read by this user" in as_nobody(shown)
+@needs_permissions
+def test_no_permission(shown: Path) -> None:
+    (shown / "closed").mkdir(mode=0)
+    assert "can't be made" in as_nobody(shown / "closed" / "runs", "create")
+    assert "there is no store in" in as_nobody(shown / "closed" / "runs")
+    (shown / "runs").mkdir(mode=0o755)
+    (shown / "runs" / "log.db").touch(mode=0)
+    assert "can't be read by this user" in as_nobody(shown / "runs")
+    (shown / "runs" / "log.db").unlink()
+    (shown / "runs").chmod(0o555)
+    assert "can't be written" in as_nobody(shown / "runs", "create")
 
 
 def test_a_folder_deleted_while_open(store: SqliteStore, folder: Path, run: Run) -> None:

@@ -15,7 +15,7 @@ from eventrun.cli.verbs import parse
 
 __all__ = ["main"]
 
-INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as a shell shows it
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as a shell shows it; 130 in `opening` too
 
 
 def main(argv: Sequence[str] | None = None) -> int:

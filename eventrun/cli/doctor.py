@@ -19,6 +19,7 @@ from eventrun.clock import monotonic_ns, time_ns
 from eventrun.errors import EventrunError
 from eventrun.journal import DAMAGED_SUFFIX, can_map, dead_writers
 from eventrun.journal.segments import LOCK_NAME, owner
+from eventrun.stores import open_store
 from eventrun.summary import amount, duration, local_time, near, size
 
 LEAST_SPACE_BYTES = 100_000_000
@@ -65,8 +66,14 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def _store(url: str, folder: Path | None, problems: list[str]) -> Iterator[Finding]:
-    if folder is None:
+    if url == "memory:":
         yield "kind", "memory", "memory: it ends with its process"
+        return
+    if folder is None:
+        try:
+            open_store(url, create=False)
+        except EventrunError as error:
+            problems.append(str(error))
         return
     yield "kind", "sqlite", "a folder with an SQLite database"
     if not (folder / "log.db").exists():
@@ -103,8 +110,6 @@ def _log(url: str, problems: list[str]) -> Iterator[Finding]:
 
 
 async def _ask(url: str) -> tuple[int, int | None, tuple[int, int] | None, int | None]:
-    from eventrun.stores import open_store
-
     store = open_store(url, create=False)
     try:
         end = await store.end()

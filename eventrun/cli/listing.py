@@ -37,7 +37,10 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sort", metavar="KEY", help="created (the default: newest first), name, params.NAME, "
                         "metrics.NAME.last, ...; a - in front reverses")  # fmt: skip
     parser.add_argument(
-        "--limit", type=int, metavar="N", help=f"at most N trials (default: {MOST_TRIALS}; 0: all)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"at most N trials; 0: all (default: all, on a terminal {MOST_TRIALS})",
     )
     parser.add_argument("--metric", action="append", metavar="NAME", help="show this metric's last value; may be "
                         "repeated (default: those that say most)")  # fmt: skip
@@ -69,7 +72,7 @@ def ls(arguments: argparse.Namespace) -> int:
 def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
     limit = arguments.limit
     if limit is None:
-        limit = 0 if arguments.json else MOST_TRIALS
+        limit = MOST_TRIALS if terminal.cells() is not None and not arguments.json else 0
     query = source.reads.trials(
         project=arguments.project, group=arguments.group, status=arguments.status, tag=arguments.tag,
         name=arguments.name, order_by=arguments.sort or "-created", limit=limit + 1 if limit else None,
@@ -167,7 +170,7 @@ _PLACE_COLUMNS = (
 
 
 def _place(state: GroupState | ProjectState) -> list[str]:
-    statuses = ", ".join(f"{count} {status}" for status, count in state.by_status.items())
+    statuses = ", ".join(f"{count:,} {status}" for status, count in state.by_status.items())
     return [
         f"{state.trials:,}",
         statuses,

@@ -89,7 +89,11 @@ def import_(arguments: argparse.Namespace) -> int:
     """Take in exported events."""
     with _input(arguments.file) as (file, name), opened(arguments, create=True) as client:
         with terminal.progress(f"importing {name}", _size(file)) as tick:
-            done = import_events(client, _lines(file, tick), name=name)
+            try:
+                done = import_events(client, _lines(file, tick), name=name)
+            except InvalidValue as error:  # the command line is right, the file isn't
+                what = "what stands before that line is imported; mend it and import the file again"
+                raise EventrunError(f"{error}\n{what}") from error
         known = f"; the store has {amount(done.known, 'other')} already" if done.known else ""
         terminal.say(f"{amount(done.added, 'event')} imported into {client.url}{known}")
     return 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -17,6 +20,8 @@ from eventrun.summary import clean
 if TYPE_CHECKING:
     from eventrun.client import Client
 
+CLOSE_S = 1.0
+INTERRUPTED = 130  # the exit code after Ctrl-C, as a shell shows it
 SHORTEST_TIME_NS = 10**15  # a number from here on is nanoseconds since 1970, below it a position
 
 
@@ -38,13 +43,47 @@ def reading(arguments: argparse.Namespace) -> Iterator[Source]:
 @contextmanager
 def opened(arguments: argparse.Namespace, *, create: bool) -> Iterator[Client]:
     """Open the store; with `create` it is made where there is none."""
-    import eventrun
+    from eventrun.client import open as open_client
 
     url = store_url(arguments)
     if not create:
         _check_there(url)
-    with eventrun.open(url, quiet=True, create=create or _was_killed_young(url)) as client:
-        yield client
+    client = open_client(url, quiet=True, create=create or _was_killed_young(url))
+    try:
+        with _calm_warnings():
+            yield client
+    except KeyboardInterrupt:
+        _close_soon(client)
+        raise
+    finally:
+        client.close()
+
+
+@contextmanager
+def _calm_warnings() -> Iterator[None]:
+    """Show eventrun's warnings as plain lines, without the place in the code."""
+    show = warnings.showwarning
+
+    def say(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, RuntimeWarning) and str(message).startswith("eventrun"):
+            print(clean(str(message)), file=sys.stderr)
+        else:
+            show(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        yield
+
+
+def _close_soon(client: Client) -> None:
+    """After Ctrl-C don't wait for a rebuild or a long question to end; events that were recorded are waited for."""
+    closing = threading.Thread(target=client.close, daemon=True)
+    closing.start()
+    closing.join(CLOSE_S)
+    if closing.is_alive() and not client.statistics().recorded:
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # readers may be killed at any moment: they leave nothing half-done
+    closing.join()
 
 
 def store_url(arguments: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from eventrun.query import Series
 
 SPARK_METRICS = 100  # more metrics than these are shown without their course
+SPARK_PAST_EVENTS = 500_000  # each course of the past folds the trial's events anew, some 3 us each
 CHART_CELLS = 60
 SHOWN_POINTS = 40  # to a person who doesn't say how many
 
@@ -121,7 +122,8 @@ def _metric_row(source: Source, trial: TrialState, name: str) -> list[str]:
     statistics = ["" if value is None else number(value) for value in (metric.min, metric.max, metric.mean)]
     steps = "" if metric.first_step is None else f"{number(metric.first_step)} to {number(metric.last_step)}"
     drawn = ""
-    if len(trial.metrics) <= SPARK_METRICS:
+    past = source.reads is not source.client and trial.events * len(trial.metrics) > SPARK_PAST_EVENTS
+    if len(trial.metrics) <= SPARK_METRICS and not past:
         series = source.reads.history(trial.id, name, points=SPARK_CELLS).result()
         drawn = terminal.sparkline(series.values, SPARK_CELLS)
     return [name, number(metric.last), *statistics, f"{metric.count:,}", steps, drawn]
@@ -199,7 +201,7 @@ def _tell_course(
     fine = source.reads.history(
         arguments.trial, arguments.metric, points=CHART_CELLS, between=between
     ).result()
-    terminal.say(f"\n{terminal.sparkline(fine.values, CHART_CELLS)}")
+    terminal.say(f"\n{terminal.sparkline(fine.values, min(CHART_CELLS, terminal.cells() or CHART_CELLS))}")
     count = source.reads.get(arguments.trial).result().metrics[arguments.metric].count
     if between is None and count > len(series.values):
         everything = command(

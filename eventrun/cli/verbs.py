@@ -186,7 +186,8 @@ def _list_of_verbs() -> str:
     for title, verbs in SECTIONS.items():
         lines += [f"{title}:", *(f"  {name:<12}{verb.summary}" for name, verb in verbs.items()), ""]
     lines += [
-        f"A TRIAL is {TRIAL_HELP}. With --json the verbs that read print JSON.",
+        f"A TRIAL is {TRIAL_HELP}.",
+        "With --json the verbs that read print JSON.",
         "To see a verb's options and an example: eventrun VERB --help",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -102,12 +102,9 @@ def _writer(out: Sink, kind: str) -> Callable[[Row], object]:
         raise InvalidValue(f"{kind!r} is no format for metrics; formats are {' and '.join(FORMATS)}")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(Row._fields)
-    return lambda row: writer.writerow(map(_cell, row))
+    return lambda row: writer.writerow(_csv_row(row))
 
 
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value) if isinstance(value, float) else value
+def _csv_row(row: Row) -> Row:
+    # The csv module writes None as nothing and floats by repr, as is wanted; bools it would write as Python does.
+    return row._replace(value=str(row.value).lower()) if isinstance(row.value, bool) else row

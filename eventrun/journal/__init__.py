@@ -1,6 +1,6 @@
 """The mapped write-ahead journal: `segments` (its files), `writing` (the log call's side), `scan` (recovery's side)."""
 
-from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, recover, segments_in
+from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, keep_damaged, recover, segments_in
 from eventrun.journal.segments import JournalFolder, can_map, remove_folder
 from eventrun.journal.writing import Chunk, Journal, new_journal
 
@@ -12,6 +12,7 @@ __all__ = [
     "Recovered",
     "can_map",
     "dead_writers",
+    "keep_damaged",
     "new_journal",
     "recover",
     "remove_folder",

@@ -1,17 +1,28 @@
-"""Reading what a killed writer left: which events its journals hold, as far as marks, head and format vouch for them."""
+"""Reading what a killed writer left: which events its journals hold, as far as marks, head and log vouch for them."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zlib import adler32, crc32
 
 from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
-from eventrun.journal.segments import FIXED, HEAD, LOCK_NAME, MAGIC, MARK, RING_AT, owner
+from eventrun.journal.segments import (
+    FIXED,
+    HEAD,
+    LOCK_NAME,
+    MAGIC,
+    MARK,
+    RING_AT,
+    VACANT,
+    owner,
+    packed_mark,
+)
 
 DAMAGED_SUFFIX = ".damaged"  # a writer's folder of which something could not be read; kept for a person to look at
 
@@ -21,19 +32,25 @@ class Found(NamedTuple):
 
     path: Path
     base: int
+    size: int
     stream: Stream
     first: int
-    data: bytes  # the whole slot
     start: int
     head: tuple[int, int]  # (end, checksum)
     points: list[tuple[int, int, int]]
 
+    def read(self) -> bytes:
+        """Return the whole slot."""
+        with self.path.open("rb") as file:
+            file.seek(self.base)
+            return file.read(self.size)
+
 
 class Recovered(NamedTuple):
-    """Items that the log lacks: `count` items from sequence `first` on. `problem` tells what could not be vouched for."""
+    """Items that the log lacks: `events` of them from sequence `first` on. `problem`: what could not be vouched for."""
 
     first: int
-    count: int
+    events: int
     payload: bytes
     problem: str | None
     cuts: list[tuple[int, int]]  # (bytes, events) after which the payload may be cut, in order, its end last
@@ -49,6 +66,11 @@ def dead_writers(journals: Path) -> Iterator[tuple[Path, int]]:
             yield folder, descriptor
 
 
+def keep_damaged(folder: Path) -> None:
+    """Put a dead writer's folder aside, so that it isn't recovered again and again."""
+    folder.rename(folder.with_name(folder.name + DAMAGED_SUFFIX))
+
+
 def _lock_if_dead(folder: Path) -> int | None:
     path = folder / LOCK_NAME
     try:
@@ -61,7 +83,7 @@ def _lock_if_dead(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         there, here = os.stat(path), os.fstat(descriptor)
         same = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-        if same and _owner_of(descriptor).get("host") == owner()["host"]:
+        if same and _is_of_this_host(descriptor):
             return descriptor
     except OSError:  # held by a living writer, or removed meanwhile
         pass
@@ -69,103 +91,133 @@ def _lock_if_dead(folder: Path) -> int | None:
     return None
 
 
-def _owner_of(descriptor: int) -> dict[str, Any]:
+def _is_of_this_host(descriptor: int) -> bool:
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return False
+    here = owner()
+    # Each container has a host name of its own, but what runs under this very kernel has told us all by its lock.
+    return isinstance(found, dict) and (found.get("host") == here["host"] or found.get("boot") == here["boot"] != "")
 
 
 def segments_in(folder: Path) -> tuple[dict[Stream, list[Found]], list[str]]:
-    """Find all segments of a writer by stream, in order of sequence, and the problems of those that can't be read."""
+    """Find all segments of a writer by stream, in order of sequence, and the problems of those that can't be read.
+
+    A stream whose segments are all empty is there, with an empty list.
+    """
     streams: dict[Stream, list[Found]] = {}
     problems: list[str] = []
     for path in sorted(folder.glob("*.arena")):
-        data = path.read_bytes()
-        slot_bytes = int(path.stem.partition("-")[2])
-        for base in range(0, len(data), slot_bytes):
-            slot = data[base : base + slot_bytes]
-            if not slot.strip(b"\0"):
-                continue
-            try:
-                found = _read_header(path, base, slot)
-            except LogDamaged as error:
-                problems.append(f"{path.name} at {base}: {error}")
-            else:
-                streams.setdefault(found.stream, []).append(found)
+        try:
+            for found in _slots(path, problems):
+                segments = streams.setdefault(found.stream, [])
+                # One that a killed or interrupted log call was about to begin has another one's first sequence.
+                if found.points or found.head[0] != found.start:
+                    segments.append(found)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path.name} can't be read: {error}")
     for segments in streams.values():
         segments.sort(key=lambda segment: segment.first)
     return streams, problems
 
 
-def _read_header(path: Path, base: int, slot: bytes) -> Found:
+def _slots(path: Path, problems: list[str]) -> Iterator[Found]:
+    size = int(path.stem.partition("-")[2])
+    with path.open("rb") as file:
+        base = 0
+        while slot := file.read(size):
+            vacant = slot[: HEAD.size] == HEAD.pack(VACANT) or not slot.strip(b"\0")
+            if not vacant:
+                try:
+                    yield _read_header(path, base, size, slot)
+                except LogDamaged as error:
+                    problems.append(f"{path.name} at {base}: {error}")
+            base += size
+
+
+def _read_header(path: Path, base: int, size: int, slot: bytes) -> Found:
+    if len(slot) < RING_AT:
+        raise LogDamaged("the segment is cut off in its header")
     magic, writer, first, start, ring, check, length = FIXED.unpack_from(slot, 8)
     at = RING_AT + ring * MARK.size
     subject = slot[at : at + length]
     if magic != MAGIC or check != crc32(subject, crc32(FIXED.pack(magic, writer, first, start, ring, 0, length))):
         raise LogDamaged("the segment's header fails its checksum")
-    head = HEAD.unpack_from(slot, 0)[0]
-    marks = (MARK.unpack_from(slot, RING_AT + i * MARK.size) for i in range(ring))
-    points = sorted({(end, count, sum_) for end, count, sum_ in marks if start < end <= len(slot)})
+    (head,) = HEAD.unpack_from(slot, 0)
+    points = set()
+    for at in range(RING_AT, RING_AT + ring * MARK.size, MARK.size):
+        end, count, mark, _ = MARK.unpack_from(slot, at)
+        if start < end <= len(slot) and slot[at : at + MARK.size] == packed_mark(end, count, mark):
+            points.add((end, count, mark))
     stream = Stream(subject.decode(), writer)
-    return Found(path, base, stream, first, slot, start, (head & 0xFFFFFFFF, head >> 32), points)
+    return Found(path, base, size, stream, first, start, (head & 0xFFFFFFFF, head >> 32), sorted(points))
 
 
 def recover(segment: Found, logged: bytes, logged_count: int) -> Recovered:
     """Tell what a segment holds beyond its first `logged_count` items, whose bytes the log has as `logged`.
 
-    Raises LogDamaged when the log's bytes and the journal's are not the same.
+    Nothing is given that no checksum vouches for: a changed byte in an item need not keep it from being decoded.
+    Raises LogDamaged when the log's bytes and the journal's are not the same and both can't be right.
     """
-    data, start = segment.data, segment.start
-    done = start + len(logged)
-    if data[start:done] != logged:
-        raise LogDamaged(f"{segment.stream}: journal and log differ between sequences {segment.first} and "
-                         f"{segment.first + logged_count - 1}")  # fmt: skip
+    data, start = segment.read(), segment.start
     end, check = segment.head
-    if start <= end <= len(data) and adler32(data[start:end]) == check:
-        return _found(segment, logged_count, done, end, _count(segment, end), None)
-    vouched = _vouched_end(segment, done)
-    count = _count(segment, vouched) if vouched > done else logged_count
-    last = segment.first + count - 1
-    # Beyond the last mark nothing but the format vouches for an item; before a later mark that fails, not even that.
-    if any(point[0] > vouched for point in segment.points):
-        what = f"a damaged stretch begins after sequence {last}; what follows it is left in the journal"
-        return _found(segment, logged_count, done, vouched, count, what)
-    more, stop = count_items(data, vouched, len(data))
-    what = f"the head is damaged; sequences from {last + 1} to {last + more} are whole but unchecked"
-    return _found(segment, logged_count, done, stop, count + more, what if more else "the head is damaged")
-
-
-def _found(segment: Found, logged: int, done: int, end: int, count: int, problem: str | None) -> Recovered:
-    inside = [(at - done, n - logged) for at, n, _ in segment.points if done < at < end]
-    cuts = [*inside, (end - done, count - logged)]
-    return Recovered(segment.first + logged, count - logged, segment.data[done:end], problem, cuts)
-
-
-def _count(segment: Found, end: int) -> int:
-    """Count the items up to `end`: marks hold counts, so at most what lies behind the last one is walked."""
-    at, count = max((p[:2] for p in segment.points if p[0] <= end), default=(segment.start, 0))
-    return count + count_items(segment.data, at, end)[0]
-
-
-def _vouched_end(segment: Found, done: int) -> int:
-    """The furthest mark that can be reached from what the log holds over stretches whose checksum is right."""
-    data, vouched, so_far = segment.data, done, adler32(segment.data[segment.start : done])
-    for end, _, check in segment.points:
-        if end <= vouched:
-            so_far = check if end == vouched else so_far
-        elif adler32(data[vouched:end], so_far) == check:
-            vouched, so_far = end, check
+    done = start + len(logged)
+    so_far = adler32(logged)  # the log's copy, which has a checksum of its own, stands for the journal's
+    if start <= end < done and adler32(logged[: end - start]) == check:
+        return Recovered(segment.first + logged_count, 0, b"", None, [(0, 0)])  # after a power loss: older than the log
+    problems = []
+    if not (done <= end <= len(data) and adler32(data[done:end], so_far) == check):
+        end, so_far = _vouched_end(segment, data, done, so_far)
+        whole = _end_by_head(data, end, so_far, check)
+        if whole is None:
+            problems.append("what follows is damaged or missing, and left in the journal")
         else:
-            break
-    return vouched
+            end = whole
+            problems.append("the segment's head is damaged, its items are whole")
+    count = _count(segment, data, end, (done, logged_count))
+    if data[start:done] != logged:
+        what = f"{segment.stream}: sequences {segment.first} to {segment.first + logged_count - 1} differ from the log"
+        if problems and end == done:
+            raise LogDamaged(what)
+        problems.append(f"{what}, where they are whole")
+    problem = f"up to sequence {segment.first + count - 1}: {'; '.join(problems)}" if problems else None
+    inside = [(at - done, n - logged_count) for at, n, _ in segment.points if done < at < end]
+    cuts = [*inside, (end - done, count - logged_count)]
+    return Recovered(segment.first + logged_count, count - logged_count, data[done:end], problem, cuts)
 
 
-def count_items(data: bytes, at: int, end: int) -> tuple[int, int]:
+def _count(segment: Found, data: bytes, end: int, logged: tuple[int, int]) -> int:
+    """Count the items up to `end`: marks hold counts, so at most what lies behind the last one is walked."""
+    at, count = max([logged, *((at, count) for at, count, _ in segment.points if at <= end)])
+    return count + count_items(data, at, end)[0]
+
+
+def _vouched_end(segment: Found, data: bytes, done: int, so_far: int) -> tuple[int, int]:
+    """Find the furthest mark that can be reached from what the log holds over stretches whose checksum is right."""
+    for end, _, check in segment.points:
+        if end > done:
+            reached = adler32(data[done:end], so_far)
+            if reached != check:
+                break
+            done, so_far = end, reached
+    return done, so_far
+
+
+def _end_by_head(data: bytes, at: int, so_far: int, check: int) -> int | None:
+    """Find the item after which the head's checksum is right, for a head whose offset is damaged."""
+    while so_far != check:
+        count, after = count_items(data, at, len(data), most=1)
+        if not count:
+            return None
+        at, so_far = after, adler32(data[at:after], so_far)
+    return at
+
+
+def count_items(data: bytes, at: int, end: int, most: int = sys.maxsize) -> tuple[int, int]:
     """Count the whole items between `at` and `end`, and tell where they stop."""
     count = 0
-    while at < end and data[at] == 0x92:  # an item is an array of two
+    while count < most and at < end and data[at] == 0x92:  # an item is an array of two
         after = _skip(data, at, end)
         if after < 0:
             break

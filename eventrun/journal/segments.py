@@ -9,34 +9,45 @@ them, and no system call is made. One journal per stream, so its bytes are the p
     segment   u64 head | magic | u64 writer | u64 first sequence | u32 start | u32 slots of the ring | u32 CRC of the
               fields from magic to subject without the ring | u16 length of subject | ring of marks | subject | items
     head      adler32 of the items << 32 | end, in native byte order: one 8-byte store made after the copy.
-              What lies beyond `end` is an event whose call had not returned.
-    mark      u64 end | u64 count | u64 adler32: one per 64 KiB and one per batch taken
+              What lies beyond `end` is an event whose call had not returned. VACANT: nothing here counts.
+    mark      u64 end | u64 count | u32 adler32 of the items | u32 CRC of the fields before: one per 64 KiB and one per
+              batch taken
 
 Adler-32 and not CRC-32, because it is worked out at each call, of few bytes: 60 ns against 165 (zlib 1.2.13). It
 notices each changed byte as well, and the log's batches have a CRC-32 of their own.
 
 `end` counts from the start of the slot. Small segments share a file because an mmap keeps a descriptor of its own
 (before Python 3.13): a file per stream ends at `ulimit -n`.
+
+Nothing here takes a lock. A caller may be stopped anywhere, by a signal handler that then waits for the flusher or by
+a finalizer that logs; a lock that it held would be waited for in vain. Slots change hands by single list operations.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import mmap
 import os
+import re
 import shutil
 import struct
 import sys
-import threading
+import warnings
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
 from eventrun.codec import Stream
+from eventrun.errors import LogDamaged
 
 SEGMENT_BYTES = (16 << 10, 256 << 10, 4 << 20, 32 << 20)  # a stream's first segment, its second, ...
+WRITTEN_SEGMENT_BYTES = SEGMENT_BYTES[:2]  # the same where segments lie in memory besides their file
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
+WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
 RING_SLOTS = 32  # marks kept in a segment beyond one per 64 KiB
 MEMORY_BYTES = 64 << 20  # bound of what is kept in memory where no file can be written
@@ -45,7 +56,9 @@ MAPPED_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs"})  # keep
 MAGIC = b"evrnjrn" + (b"\x01" if sys.byteorder == "little" else b"\x81")
 FIXED = struct.Struct("=8sQQIIIH")  # from offset 8
 NO_ITEMS = 1  # the Adler-32 of nothing
-MARK = struct.Struct("=QQQ")
+VACANT = 1  # a head: the slot is being emptied, or filled in for a new segment
+MARK = struct.Struct("=QQII")
+MARK_FIELDS = struct.Struct("=QQI")
 RING_AT = 8 + FIXED.size + 2  # 48: aligned to 8
 HEAD = struct.Struct("=Q")
 
@@ -53,15 +66,16 @@ HEAD = struct.Struct("=Q")
 class Segment:
     """A stretch of one stream in one buffer: a slot of a mapped arena, memory with a file behind it, or memory."""
 
-    __slots__ = ("base", "buffer", "check", "count", "cuts", "end", "first", "head", "last", "place", "ring",
-                 "size", "start", "taken", "taken_count", "turns", "written")  # fmt: skip
+    __slots__ = ("base", "buffer", "count", "cuts", "end", "first", "head", "last", "place", "ring",
+                 "size", "start", "taken", "taken_count", "turns", "written", "written_turns")  # fmt: skip
 
-    def __init__(self, buffer: memoryview, base: int, size: int, place: Slot | WrittenFile | None) -> None:
+    def __init__(self, buffer: memoryview, base: int, size: int, place: Slot | None) -> None:
         self.buffer = buffer
         self.base = base
         self.size = size
         self.place = place
-        self.written = 0
+        self.written = 0  # of a segment in memory with a file behind it: what the file has
+        self.written_turns = -1
         self.head = buffer[base : base + 8].cast("Q")
         self.turns = 0
 
@@ -72,12 +86,11 @@ class Segment:
         self.first = first
         self.end = self.taken = self.last = self.start
         self.count = self.taken_count = 0
-        self.check = NO_ITEMS
         self.cuts: deque[tuple[int, int, int]] = deque()  # (end, count, start of last item): where batches may end
         fields = (MAGIC, stream.writer, first, self.start, self.ring)
         check = crc32(subject, crc32(FIXED.pack(*fields, 0, len(subject))))
         base = self.base
-        self.head[0] = 0
+        self.head[0] = VACANT  # a kill in the middle must not leave what looks like a damaged segment
         self.buffer[base + 8 : base + 8 + FIXED.size] = FIXED.pack(*fields, check, len(subject))
         at = base + RING_AT + self.ring * MARK.size
         self.buffer[at : at + len(subject)] = subject
@@ -86,8 +99,36 @@ class Segment:
     def mark(self, end: int, count: int, check: int) -> None:
         """Note that the items up to `end` have this checksum."""
         at = self.base + RING_AT + (self.turns % self.ring) * MARK.size
-        self.buffer[at : at + MARK.size] = MARK.pack(end, count, check)
+        self.buffer[at : at + MARK.size] = packed_mark(end, count, check)
         self.turns += 1
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return a copy of some bytes, from the file when the memory was let go."""
+        buffer = self.buffer
+        if buffer:
+            return bytes(buffer[self.base + start : self.base + end])
+        assert self.place is not None
+        return self.place.read(start, end - start)
+
+    def write(self) -> None:
+        """Copy what is new to the file behind this memory: items and marks, then the head that makes them count."""
+        buffer, turns = self.buffer, self.turns
+        if self.place is None or not buffer:
+            return
+        head = bytes(buffer[:8])  # now: another item may come while this one is written
+        end = HEAD.unpack(head)[0] & 0xFFFFFFFF
+        if self.written_turns != turns:
+            self.place.write(8, buffer[8 : self.start])
+        start = max(self.written, self.start)
+        if start < end:
+            self.place.write(start, buffer[start:end])
+        self.place.write(0, head)
+        self.written, self.written_turns = end, turns
+
+
+def packed_mark(end: int, count: int, check: int) -> bytes:
+    """Pack a mark: its own CRC tells it from a damaged one."""
+    return MARK.pack(end, count, check, crc32(MARK_FIELDS.pack(end, count, check)))
 
 
 def layout(size: int, subject_bytes: int) -> tuple[int, int]:
@@ -96,13 +137,13 @@ def layout(size: int, subject_bytes: int) -> tuple[int, int]:
     return ring, (RING_AT + ring * MARK.size + subject_bytes + 63) // 64 * 64
 
 
-def size_for(stream: Stream, item_bytes: int, previous: int) -> int:
+def size_for(stream: Stream, item_bytes: int, previous: int, sizes: tuple[int, ...] = SEGMENT_BYTES) -> int:
     """Choose a segment's size: larger than the one before, and with room for the next item."""
     subject_bytes = len(stream.subject.encode())
-    largest = SEGMENT_BYTES[-1]
-    for size in SEGMENT_BYTES:
-        if (size > previous or size == largest) and layout(size, subject_bytes)[1] + item_bytes <= size:
+    for size in sizes:
+        if (size > previous or size == sizes[-1]) and layout(size, subject_bytes)[1] + item_bytes <= size:
             return size
+    largest = SEGMENT_BYTES[-1]
     return -(-(item_bytes + subject_bytes) // largest) * largest + largest  # one item larger than any segment
 
 
@@ -112,58 +153,79 @@ class Slot(NamedTuple):
     arena: Arena
     base: int
 
+    def write(self, at: int, data: memoryview | bytes) -> None:
+        """Write to the file, whole or not at all as far as the head is concerned: it is written last."""
+        while data:  # a nearly full disk takes less than it is given
+            done = os.pwrite(self.arena.descriptor, data, self.base + at)
+            data, at = data[done:], at + done
 
-class WrittenFile(NamedTuple):
-    """A file that a segment in memory is copied to, by write calls: where mapped files can't be trusted."""
 
-    path: Path
-    descriptor: int
-
-    def write(self, segment: Segment, start: int, end: int) -> None:
-        """Copy the bytes from `start` on, then the head that makes them count."""
-        os.pwrite(self.descriptor, segment.buffer[start:end], start)
-        os.pwrite(self.descriptor, segment.buffer[:8], 0)
-
-    def remove(self) -> None:
-        """Close and remove the file."""
-        os.close(self.descriptor)
-        self.path.unlink(missing_ok=True)
+    def read(self, at: int, count: int) -> bytes:
+        """Read back what was written."""
+        data = os.pread(self.arena.descriptor, count, self.base + at)
+        if len(data) < count:
+            raise LogDamaged(f"{self.arena.path} is shorter than it was: somebody has cut it off")
+        return data
 
 
 class Arena:
-    """A mapped file of equal slots."""
+    """A file of equal slots: mapped, or only written to. It lives as long as somebody looks at it."""
 
-    def __init__(self, path: Path, slot_bytes: int, slots: int) -> None:
+    view: memoryview  # of a mapped one
+
+    def __init__(self, path: Path, slot_bytes: int, slots: int, *, mapped: bool) -> None:
         self.path = path
         self.slot_bytes = slot_bytes
-        size = slot_bytes * slots
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        try:
-            # A hole on a full disk would be a SIGBUS at the copy; space that is taken beforehand can't be one.
-            os.posix_fallocate(descriptor, 0, size)
-            self.map = mmap.mmap(descriptor, size)
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        self.view = memoryview(self.map)
-        self.vacant = list(range(0, size, slot_bytes))[::-1]
         self.slots = slots
+        self.mapped = mapped
+        self.descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        size = slot_bytes * slots
+        if mapped:
+            try:
+                # A hole on a full disk would be a SIGBUS at the copy; space that is taken beforehand can't be one.
+                os.posix_fallocate(self.descriptor, 0, size)
+                self.view = memoryview(mmap.mmap(self.descriptor, size))
+            except OSError:
+                path.unlink()
+                raise
+            finally:
+                self.__del__()
+        self.vacant = list(range(0, size, slot_bytes))[::-1]
+        self.spent = 0  # slots of a written file that were given back: they aren't used again
 
-    def free(self, base: int) -> None:
-        """Take a slot back, emptied: old items must never look like new ones."""
-        self.view[base : base + self.slot_bytes] = bytes(self.slot_bytes)
-        self.vacant.append(base)
+    # Never closed while another thread may just be writing: the number could be that of another file by then.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        descriptor, self.descriptor = getattr(self, "descriptor", -1), -1
+        if descriptor >= 0:
+            close(descriptor)
 
-    def close(self) -> None:
-        """Unmap and remove the file."""
-        self.path.unlink(missing_ok=True)
+    def take(self) -> int | None:
+        """Take a vacant slot."""
         try:
-            self.view.release()
-            self.map.close()
-        except BufferError:  # a thread is just leaving `append`: unmapped when it lets go
-            pass
+            return self.vacant.pop()
+        except IndexError:
+            return None
+
+    def take_all(self) -> bool:
+        """Take all slots, so that the file can be removed; False, and none taken, when some are in use."""
+        taken = []
+        while (base := self.take()) is not None:
+            taken.append(base)
+        if len(taken) + self.spent == self.slots:
+            return True
+        self.vacant.extend(taken)
+        return False
+
+    def empty(self, base: int) -> None:
+        """Take a slot back, emptied: old items must never look like new ones."""
+        if not self.mapped:
+            self.spent += 1
+            return
+        head = self.view[base : base + 8].cast("Q")
+        head[0] = VACANT
+        self.view[base + 8 : base + self.slot_bytes] = bytes(self.slot_bytes - 8)
+        head[0] = 0
+        self.vacant.append(base)
 
 
 class JournalFolder:
@@ -179,90 +241,124 @@ class JournalFolder:
         self.problem: str | None = None
         self.memory_bytes = 0
         self.dropped_events = 0
-        # Reentrant, because a finalizer that logs may run while this thread is inside. The lists below are then
-        # still whole: each change of them is one call.
-        self._lock = threading.RLock()
         self._arenas: list[Arena] = []
-        self._made = 0
+        self._numbers = itertools.count(1)
         self._descriptor: int | None = None
-        if path is not None:
-            try:
-                self._descriptor = _make_locked(path)
-            except OSError as error:
-                self.problem = str(error)
+        self._opening = False
+        self._abandoned = False
+        self._said = False
 
     @property
     def crash_safe(self) -> bool:
         """Tell whether what is appended survives a kill of the process."""
-        return self._descriptor is not None and self.problem is None
+        return self.path is not None and self.problem is None
 
     def segment(self, stream: Stream, item_bytes: int = 0, previous: int = 0) -> Segment | None:
         """Find room for more items of a stream: a slot of an arena, memory, or None when that is full too."""
-        with self._lock:
-            if self._descriptor is not None:
-                try:
-                    if self.mapped:
-                        return self._in_arena(size_for(stream, item_bytes, previous))
-                    return self._in_memory(size_for(stream, item_bytes, SEGMENT_BYTES[0]), written=True)
-                except OSError as error:  # the disk is full, or gone: memory takes over until it works again
-                    self.problem = str(error)
-            return self._in_memory(size_for(stream, item_bytes, SEGMENT_BYTES[0]))
+        try:
+            if self._descriptor is not None or self._open():
+                return self._in_arena(self.size_for(stream, item_bytes, previous))
+        except OSError as error:  # the disk is full, or gone: memory takes over until it works again
+            self.note(error)
+        return self._in_memory(size_for(stream, item_bytes, previous, WRITTEN_SEGMENT_BYTES), None)
 
-    def _in_arena(self, size: int) -> Segment:
-        assert self.path is not None
-        for arena in self._arenas:
-            if arena.slot_bytes == size and arena.vacant:
+    def _open(self) -> bool:
+        """Make the folder with its lock, at the first segment; False when there is none to make."""
+        if self.path is None or self._abandoned or self._opening:  # opening: a finalizer that logs comes in between
+            return False
+        self._opening = True
+        try:
+            self._descriptor = _make_locked(self.path)
+        finally:
+            self._opening = False
+        return True
+
+    def size_for(self, stream: Stream, item_bytes: int, previous: int) -> int:
+        """Choose a segment's size, see `size_for`."""
+        return size_for(stream, item_bytes, previous, SEGMENT_BYTES if self.mapped else WRITTEN_SEGMENT_BYTES)
+
+    def note(self, error: OSError) -> None:
+        """Remember why events are only in memory, and say so once."""
+        self.problem = str(error)
+        if not self._said:
+            self._said = True
+            _warn(f"journals can't be written ({error}): until they can, events are kept in memory, and a kill of "
+                  "this process loses those that the log doesn't hold yet")  # fmt: skip
+
+    def drop(self) -> None:
+        """Count an event for which there was no room, and say so once."""
+        self.dropped_events += 1
+        if self.dropped_events == 1:
+            _warn(f"events are lost: the log doesn't take them, journals can't be written ({self.problem}), and what "
+                  f"may be kept in memory, {MEMORY_BYTES:,} bytes, is full; statistics() counts them")  # fmt: skip
+
+    def _in_arena(self, size: int) -> Segment | None:
+        for arena in tuple(self._arenas):
+            if arena.slot_bytes == size and (base := arena.take()) is not None:
                 break
         else:
-            self._made += 1
-            arena = Arena(self.path / f"{self._made}-{size}.arena", size, max(1, ARENA_BYTES // size))
-            self._arenas.append(arena)
+            arena = self._new_arena(size)
+            base = arena.vacant.pop()
+            self._arenas.append(arena)  # not before: another thread would take its only slot
         self.problem = None
-        base = arena.vacant.pop()
-        return Segment(arena.view, base, size, Slot(arena, base))
+        place = Slot(arena, base)
+        return Segment(arena.view, base, size, place) if self.mapped else self._in_memory(size, place)
 
-    def _in_memory(self, size: int, *, written: bool = False) -> Segment | None:
+    def _new_arena(self, size: int) -> Arena:
+        assert self.path is not None
+        path = self.path / f"{next(self._numbers)}-{size}.arena"
+        slots = max(1, (ARENA_BYTES if self.mapped else WRITTEN_ARENA_BYTES) // size)
+        try:
+            return Arena(path, size, slots, mapped=self.mapped)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _raise_file_limit():
+                raise
+            return Arena(path, size, slots, mapped=self.mapped)
+
+    def _in_memory(self, size: int, place: Slot | None) -> Segment | None:
         if self.memory_bytes + size > MEMORY_BYTES:
+            if place is not None:
+                self._give_back(place)
             return None
-        place = None
-        if written:
-            assert self.path is not None
-            self._made += 1
-            path = self.path / f"{self._made}-{size}.arena"
-            place = WrittenFile(path, os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644))
-            self.problem = None
         self.memory_bytes += size
         return Segment(memoryview(bytearray(size)), 0, size, place)
 
+    def unload(self, segment: Segment) -> None:
+        """Let go of the memory of a segment that its file, or the log, holds."""
+        nothing = memoryview(b"")
+        if segment.buffer:  # once, whoever comes in between
+            segment.buffer = segment.head = nothing
+            self.memory_bytes -= segment.size
+
     def release(self, segment: Segment) -> None:
         """Take a segment back whose events the log holds; arenas that are empty are removed, but for one a size."""
-        with self._lock:
-            segment.head.release()
-            if not isinstance(segment.place, Slot):
-                self.memory_bytes -= segment.size
-                if segment.place is not None:
-                    segment.place.remove()
+        if self._abandoned:  # whoever recovers may be reading
+            return
+        if segment.place is None or not self.mapped:
+            self.unload(segment)
+        if segment.place is not None:
+            self._give_back(segment.place)
+
+    def _give_back(self, place: Slot) -> None:
+        arena = place.arena
+        if arena.slots > 1:
+            arena.empty(place.base)
+            last = not any(a.slot_bytes == arena.slot_bytes and a is not arena for a in tuple(self._arenas))
+            if (last and arena.mapped) or not arena.take_all():
                 return
-            arena = segment.place.arena
-            arena.free(segment.place.base)
-            same = [a for a in self._arenas if a.slot_bytes == arena.slot_bytes]
-            if len(arena.vacant) == arena.slots and (len(same) > 1 or arena.slots == 1):
-                self._arenas.remove(arena)
-                arena.close()
+        # Removed as it is: emptying a segment of 32 MiB would hold up everybody.
+        self._arenas.remove(arena)
+        arena.path.unlink(missing_ok=True)
 
     def file_bytes(self) -> int:
         """Sum the sizes of the arenas."""
-        with self._lock:
-            return sum(arena.slots * arena.slot_bytes for arena in self._arenas)
+        return sum(arena.slots * arena.slot_bytes for arena in tuple(self._arenas))
 
     def remove(self) -> None:
         """End the writer: all is in the log, nothing is left to recover."""
-        with self._lock:
-            arenas, self._arenas = self._arenas, []
-            for arena in arenas:
-                arena.close()
-            if self.path is not None and self._descriptor is not None:
-                remove_folder(self.path)
+        if self.path is not None and self._descriptor is not None:
+            remove_folder(self.path)
+        self._arenas = []
         self.abandon()
 
     def abandon(self) -> None:
@@ -270,10 +366,28 @@ class JournalFolder:
 
         The descriptor is closed, never unlocked: a lock that a fork's child shares stays with the parent.
         """
+        self._abandoned = True
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
 
+
+def _warn(message: str) -> None:
+    try:
+        warnings.warn(f"eventrun: {message}", RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:  # where warnings are errors, a log call must not fail for one
+        pass
+
+
+def _raise_file_limit() -> bool:
+    """Raise the soft limit of open files to the hard one; False when it stands there already."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True
 
 
 LOCK_NAME = "lock"
@@ -287,14 +401,17 @@ def _make_locked(path: Path) -> int:
         raise OSError("this system has no file locks that end with their process") from error
     path.mkdir(parents=True)
     new = path / (LOCK_NAME + ".new")
-    # Not inherited by an exec, and never mapped: an mmap keeps a duplicate, and a fork's child would hold the lock.
-    descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    descriptor = -1
     try:
+        # Not inherited by an exec, and never mapped: an mmap keeps a duplicate, and a fork's child would hold the lock.
+        descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, json.dumps(owner()).encode())
         new.rename(path / LOCK_NAME)
-    except OSError:
-        os.close(descriptor)
+    except BaseException:
+        if descriptor >= 0:
+            os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
         raise
     return descriptor
 
@@ -313,7 +430,7 @@ def _boot_id() -> str:
 
 def remove_folder(path: Path) -> None:
     """Remove a writer's folder, the lock last: without it the rest would look like a writer about to begin."""
-    for entry in path.iterdir():
+    for entry in path.glob("*"):
         if entry.name != LOCK_NAME:
             entry.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
@@ -327,14 +444,14 @@ def can_map(path: Path, mountinfo: str | None = None) -> bool:
     if not hasattr(os, "posix_fallocate"):
         return False
     try:
-        text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+        text = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape") if mountinfo is None else mountinfo
     except OSError:
         return False
     best, kind = "", ""
     place = os.path.realpath(path)
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
+        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])  # of spaces
         if (place == mount or place.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
             best, kind = mount, after.split()[0]
     return kind in MAPPED_FILESYSTEMS

@@ -200,7 +200,7 @@ class Packer:
     """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, int, int], list[tuple[Column | None, Column]]] = {}
+        self._packed: dict[tuple[int, int, int, int], list[tuple[Column | None, Column]]] = {}
 
     def extend(self, chunk: Chunk | None, points: Columns) -> Iterator[Chunk]:
         """Add points behind an open chunk: yield full chunks, then, when points are left, the open one."""
@@ -223,7 +223,7 @@ class Packer:
             chunk, done = None, end
 
     def _shared(self, old: Column | None, have: int, elements: list[Any], start: int, end: int) -> Column:
-        known = self._packed.setdefault((id(elements), start, end), [])
+        known = self._packed.setdefault((id(elements), have, start, end), [])
         for before, packed in known:
             if before == old:
                 return packed

@@ -50,16 +50,16 @@ _STREAMS_OF_SUBJECT = "SELECT id FROM streams WHERE subject = ?"
 _READ = """
     SELECT position, count, first, subject, writer, frame
     FROM batches LEFT JOIN streams ON id = stream
-    WHERE position >= coalesce((SELECT max(position) FROM batches WHERE position <= ?1 + 1), 0)
-    AND (position + count <= ?1 + 1) IS NOT TRUE
+    WHERE position >= coalesce((SELECT max(position) FROM batches WHERE position <= :after + 1), 0)
+    AND (position + count <= :after + 1) IS NOT TRUE
     ORDER BY position
 """
 _READ_STREAM = """
     SELECT position, count, first, subject, writer, frame
     FROM batches LEFT JOIN streams ON id = stream
-    WHERE stream = ?2
-    AND position >= coalesce((SELECT max(position) FROM batches WHERE stream = ?2 AND position <= ?1 + 1), 0)
-    AND (position + count <= ?1 + 1) IS NOT TRUE
+    WHERE stream = :stream
+    AND position >= coalesce((SELECT max(position) FROM batches WHERE stream = :stream AND position <= :after + 1), 0)
+    AND (position + count <= :after + 1) IS NOT TRUE
     ORDER BY position
 """
 _TOUCH = f"PRAGMA user_version = {FORMAT}"
@@ -283,11 +283,11 @@ def read(raw: sqlite3.Connection, after: int, subject: str | None, limit_bytes: 
 
 def _rows(raw: sqlite3.Connection, after: int, subject: str | None) -> Generator[_Row, None, None]:
     if subject is None:
-        cursors = [raw.execute(_READ, (after,))]
+        cursors = [raw.execute(_READ, {"after": after})]
     else:
         # One query over all streams of the subject would sort what is left of them, anew for each page.
         numbers = raw.execute(_STREAMS_OF_SUBJECT, (subject,)).fetchall()
-        cursors = [raw.execute(_READ_STREAM, (after, number)) for (number,) in numbers]
+        cursors = [raw.execute(_READ_STREAM, {"after": after, "stream": number}) for (number,) in numbers]
     try:
         yield from cursors[0] if len(cursors) == 1 else merge(*cursors, key=itemgetter(0))
     finally:

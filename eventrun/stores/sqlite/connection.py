@@ -66,7 +66,10 @@ class Log:
             if _code(error) != sqlite3.SQLITE_BUSY:
                 self.close()
             raise store_error(error, self.file) from error
-        except (OverflowError, UnicodeDecodeError) as error:  # a flipped bit in a number, in the schema's text
+        except (
+            OverflowError,
+            UnicodeDecodeError,
+        ) as error:  # a flipped bit in a number, in the schema's text
             self.close()
             raise LogDamaged(
                 f"{self.file} is damaged: {error}; restore a backup", (str(self.file),)
@@ -257,7 +260,7 @@ class Courier:
             return await connection
         except BaseException:
             self._opening = None
-            while thread.is_alive():  # its last word would find a closed loop
+            while thread.is_alive():  # noqa: ASYNC110 - its last word must not find a closed loop
                 await asyncio.sleep(0.001)
             raise
 
