@@ -26,7 +26,9 @@ from eventrun.events import EVENT_TYPES, Event, MetricsLogged, Scalar
 
 FORMAT_VERSION = 1
 RAW, ZLIB = 0, 1  # how a payload is packed
-ZLIB_LEVEL = 1  # halves noisy metrics at 100 MB/s, without the interpreter's lock; level 6 gains 4 % at a third
+ZLIB_LEVEL = (
+    1  # halves noisy metrics at 100 MB/s, without the interpreter's lock; level 6 gains 4 % at a third
+)
 DIGEST_BYTES = 16
 NO_DIGEST = bytes(DIGEST_BYTES)  # what the first batch of a stream has as its previous
 ENVELOPE_MAGIC = b"ER"
@@ -207,7 +209,9 @@ def payload_of(batch: Batch) -> bytes:
     start = 6 + int.from_bytes(batch.frame[:2], "big")
     payload = _unpack(batch.header.codec, batch.frame[start:])
     if zlib.crc32(payload) != batch.header.crc:
-        raise LogDamaged(f"{batch.header.stream} {batch.header.first}..{batch.header.last} fails its checksum")
+        raise LogDamaged(
+            f"{batch.header.stream} {batch.header.first}..{batch.header.last} fails its checksum"
+        )
     return payload
 
 
@@ -226,7 +230,9 @@ def _unpack(codec: int, body: bytes) -> bytes:
     if codec == RAW:
         return body
     if codec != ZLIB:
-        raise FormatTooNew(f"a payload is packed by codec {codec}, which this eventrun doesn't know: upgrade eventrun")
+        raise FormatTooNew(
+            f"a payload is packed by codec {codec}, which this eventrun doesn't know: upgrade eventrun"
+        )
     try:
         return zlib.decompress(body)
     except zlib.error as error:
@@ -298,7 +304,9 @@ def _flatten(values: Any, prefix: str, flat: dict[str, Scalar], depth: int) -> N
             raise InvalidType(f"the metric name {key!r} is {_typename(key)}; names are text")
         name = prefix + key
         if not key:
-            raise InvalidValue(f"a metric name is empty{f' below {prefix!r}' if prefix else ''}; give it a name")
+            raise InvalidValue(
+                f"a metric name is empty{f' below {prefix!r}' if prefix else ''}; give it a name"
+            )
         if hasattr(value, "items"):
             _flatten(value, name + "/", flat, depth + 1)
         else:
@@ -329,7 +337,9 @@ def _plain_scalar(value: Any, what: str) -> Any:
             raise InvalidValue(f"{what} is {_typename(value)} of more than one element: {error}") from error
         if type(found) in _SCALARS:
             return found
-    raise InvalidType(f"{what} is {_typename(value)}; metrics are float, int, bool, str, None or have .item()")
+    raise InvalidType(
+        f"{what} is {_typename(value)}; metrics are float, int, bool, str, None or have .item()"
+    )
 
 
 def checked_text(text: str, what: str) -> str:
@@ -337,7 +347,9 @@ def checked_text(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidValue(f"{what} holds a lone surrogate at {error.start}, which is not valid text") from error
+        raise InvalidValue(
+            f"{what} holds a lone surrogate at {error.start}, which is not valid text"
+        ) from error
     return text
 
 
@@ -356,7 +368,9 @@ def plain(value: Any, what: str, _depth: int = 0) -> Any:
         ordered: Iterable[Any] = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
         return [plain(element, f"{what}[{i}]", _depth + 1) for i, element in enumerate(ordered)]
     if hasattr(value, "items"):
-        return {_key(key, what): plain(element, f"{what}/{key}", _depth + 1) for key, element in value.items()}
+        return {
+            _key(key, what): plain(element, f"{what}/{key}", _depth + 1) for key, element in value.items()
+        }
     if hasattr(value, "__fspath__"):
         return checked_text(str(value), what)
     if hasattr(value, "tolist"):  # arrays: numpy, array.array
@@ -413,7 +427,7 @@ def from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
-        (key, inner), = value.items()
+        ((key, inner),) = value.items()
         if key == "$f" and isinstance(inner, str) and inner in _NON_FINITE:
             return _NON_FINITE[inner]
         if key == "$b" and isinstance(inner, str):
@@ -438,7 +452,9 @@ def event_from_json(mapping: dict[str, Any]) -> Event:
     name = fields.pop("kind", None)
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise InvalidValue(f"{mapping.get('kind')!r} is not a kind of event; kinds are {', '.join(sorted(_KINDS))}")
+        raise InvalidValue(
+            f"{mapping.get('kind')!r} is not a kind of event; kinds are {', '.join(sorted(_KINDS))}"
+        )
     unknown = fields.keys() - set(kind.__struct_fields__)
     if unknown:
         raise InvalidValue(f"{kind.__name__} has no field {min(unknown)!r}")

@@ -151,7 +151,9 @@ class Recorder:
         self._sealed: list[_Sealed] = []  # handed to the store, no answer yet
         self._unsettled_bytes = 0
         self._settle_at = SETTLE_BYTES
-        self._counts = dict.fromkeys(("durable", "batches", "commits", "failed_commits", "settled", "recovered"), 0)
+        self._counts = dict.fromkeys(
+            ("durable", "batches", "commits", "failed_commits", "settled", "recovered"), 0
+        )
         self._last_error: str | None = None
 
     @property
@@ -185,7 +187,9 @@ class Recorder:
                 elif made is not None:
                     made.close()
                 if self._closed:
-                    raise Closed("the client was closed before this call; open another with eventrun.open(...)")
+                    raise Closed(
+                        "the client was closed before this call; open another with eventrun.open(...)"
+                    )
                 if made is None:
                     return None
             recording.append = journal.append
@@ -206,7 +210,9 @@ class Recorder:
     def _begin_flushing(self) -> None:
         try:
             self._flusher = self.portal.call(self._flush_for_ever)
-        except RuntimeError as error:  # no thread to be had; the events are kept, and the next stream tries again
+        except (
+            RuntimeError
+        ) as error:  # no thread to be had; the events are kept, and the next stream tries again
             self._last_error = str(error)
 
     def end(self, recording: Recording) -> None:

@@ -558,6 +558,22 @@ def test_doctor_sees_writers(run: Run, tmp_path: Path) -> None:
     assert run("--store", str(folder), "doctor").code == 0
 
 
+def test_doctor_sees_what_could_not_be_recovered(run: Run, tmp_path: Path) -> None:
+    """A journal that recovery has put aside is a problem until a person removes it."""
+    folder = tmp_path / "runs"
+    with eventrun.open(folder, quiet=True) as client, client.trial("p") as trial:
+        trial.log(loss=1.0)
+    damaged = folder / "journals" / "00000000000000ff.damaged"
+    damaged.mkdir(parents=True)
+    (damaged / "lock").write_text("{")
+    (damaged / "1-16384.arena").write_bytes(b"x" * 1000)
+    shown = run("--store", str(folder), "doctor", "--json")
+    assert shown.code == 1
+    (journal,) = shown.json["journals"]
+    assert (journal["state"], journal["bytes"]) == ("damaged", 1001)
+    assert "00000000000000ff.damaged" in shown.json["problems"][0]
+
+
 def test_doctor_says_that_there_is_no_store(run: Run, tmp_path: Path) -> None:
     """Without a store the machine is told about all the same, nothing is made, and the exit code is 1."""
     shown = run("--store", str(tmp_path / "nowhere"), "doctor")

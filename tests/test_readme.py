@@ -43,7 +43,7 @@ def test_all_code_runs_in_order(tmp_path: Path) -> None:
 
 def test_each_verb_stands_in_the_readme() -> None:
     """Each verb of the command line is named in the README."""
-    from eventrun.cli import VERBS
+    from eventrun.cli.verbs import VERBS
 
     missing = [verb for verb in VERBS if not re.search(rf"eventrun (--store \S+ |at \S+ )?{verb}\b", README)]
     assert not missing

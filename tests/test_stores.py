@@ -161,6 +161,11 @@ def test_unknown_stores(url: str) -> None:
         open_store(url)
 
 
+def test_an_unknown_home() -> None:
+    with pytest.raises(StoreUnavailable, match=r"write \./~nobody-of-that-name"):
+        open_store("~nobody-of-that-name/runs")
+
+
 def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path is taken from where the process is now, whatever it looks like."""
     monkeypatch.chdir(tmp_path)
@@ -255,6 +260,21 @@ print(*{"sqlite3", "aiosqlite"} & set(sys.modules))
     assert output(python(script)).split() == []
 
 
+@pytest.mark.parametrize("package", ["hypothesis", "pytest"])
+def test_the_suite_names_the_extra_that_it_needs(package: str) -> None:
+    script = """
+import sys
+sys.modules[sys.argv[1]] = None
+from eventrun.errors import MissingExtra
+try:
+    import eventrun.testing
+except MissingExtra as error:
+    print(error)
+"""
+    said = f"eventrun.testing needs the package {package}: pip install 'eventrun[testing]'"
+    assert output(python(script, package)).strip() == said
+
+
 def test_a_store_that_nobody_closed_lets_the_interpreter_end(folder: Path) -> None:
     script = """
 import sys
@@ -336,9 +356,11 @@ def test_killed_in_the_middle(folder: Path, run: Run) -> None:
         begun = process.stdout.read(1)
         time.sleep(rng.random() * 0.05)
         process.kill()
-        out, _ = process.communicate()
+        acknowledged = held + len(
+            begun + process.stdout.read()
+        )  # communicate() would miss what read() has buffered
+        process.communicate()
         assert process.returncode == -signal.SIGKILL
-        acknowledged = held + len(begun + out)
         values = numbers(everything(run, folder), 1)
         assert values == list(range(1, len(values) + 1))
         assert acknowledged <= len(values) <= acknowledged + 1
@@ -621,15 +643,53 @@ def test_a_full_disk(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_write_ahead_file_stays_bounded(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody calls settle, commits checkpoint by themselves."""
-    small = [*connection.TO_APPEND, "PRAGMA wal_autocheckpoint = 25"]
-    monkeypatch.setattr(eventrun.stores.sqlite, "TO_APPEND", small)
+    """Where nobody calls settle, appends checkpoint by themselves, also when a reader has hindered it for a while."""
+    limit = 100_000
+    monkeypatch.setattr(eventrun.stores.sqlite, "WAL_BYTES", limit)
+    monkeypatch.setattr(
+        eventrun.stores.sqlite, "TO_APPEND", [*connection.TO_APPEND, f"PRAGMA journal_size_limit = {limit}"]
+    )
     opened = SqliteStore(folder)
-    for batch in some_batches(200):
+    wal = folder / "log.db-wal"
+    some = some_batches(300)
+    for batch in some[:100]:
         run(opened.append, [batch])
-    assert (folder / "log.db-wal").stat().st_size < 50 * 5000
+        assert wal.stat().st_size < 1.3 * limit
+    reader = sqlite3.connect(folder / "log.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM batches").fetchall()
+    for batch in some[100:200]:
+        run(opened.append, [batch])
+    assert wal.stat().st_size > 2 * limit
+    reader.close()
+    for batch in some[200:]:
+        run(opened.append, [batch])
+    assert wal.stat().st_size < 2 * limit
     run(opened.aclose)
-    assert connection.WAL_BYTES // 4096 == 16384
+    assert [stored.batch for stored in everything(run, folder)] == some
+
+
+def test_nobody_commits_during_a_checkpoint(store: SqliteStore, folder: Path, run: Run) -> None:
+    """SQLite up to 3.51.2 can lose a commit that is made while another connection checkpoints."""
+    some = some_batches(2)
+    run(store.append, some[:1])
+    other = sqlite3.connect(folder / "log.db", isolation_level=None, timeout=0)
+    refused = []
+
+    class Watched:
+        def execute(self, sql: str) -> sqlite3.Cursor:
+            assert "wal_checkpoint" in sql
+            with pytest.raises(sqlite3.OperationalError, match="locked") as caught:
+                other.execute("BEGIN IMMEDIATE")
+            refused.append(caught.value)
+            return other.execute(sql)
+
+    assert connection.Log(folder / "log.db", create=False).checkpoint(Watched())  # type: ignore[arg-type]
+    assert refused
+    for automatic in run(store._writer.run, lambda raw: raw.execute("PRAGMA wal_autocheckpoint").fetchone()):
+        assert automatic == 0
+    other.close()
+    assert run(store.append, some[1:]) == 6
 
 
 # damage

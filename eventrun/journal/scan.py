@@ -24,7 +24,9 @@ from eventrun.journal.segments import (
     packed_mark,
 )
 
-DAMAGED_SUFFIX = ".damaged"  # a writer's folder of which something could not be read; kept for a person to look at
+DAMAGED_SUFFIX = (
+    ".damaged"  # a writer's folder of which something could not be read; kept for a person to look at
+)
 
 
 class Found(NamedTuple):
@@ -98,7 +100,9 @@ def _is_of_this_host(descriptor: int) -> bool:
         return False
     here = owner()
     # Each container has a host name of its own, but what runs under this very kernel has told us all by its lock.
-    return isinstance(found, dict) and (found.get("host") == here["host"] or found.get("boot") == here["boot"] != "")
+    return isinstance(found, dict) and (
+        found.get("host") == here["host"] or found.get("boot") == here["boot"] != ""
+    )
 
 
 def segments_in(folder: Path) -> tuple[dict[Stream, list[Found]], list[str]]:
@@ -142,7 +146,9 @@ def _read_header(path: Path, base: int, size: int, slot: bytes) -> Found:
     magic, writer, first, start, ring, check, length = FIXED.unpack_from(slot, 8)
     at = RING_AT + ring * MARK.size
     subject = slot[at : at + length]
-    if magic != MAGIC or check != crc32(subject, crc32(FIXED.pack(magic, writer, first, start, ring, 0, length))):
+    if magic != MAGIC or check != crc32(
+        subject, crc32(FIXED.pack(magic, writer, first, start, ring, 0, length))
+    ):
         raise LogDamaged("the segment's header fails its checksum")
     (head,) = HEAD.unpack_from(slot, 0)
     points = set()
@@ -165,7 +171,9 @@ def recover(segment: Found, logged: bytes, logged_count: int) -> Recovered:
     done = start + len(logged)
     so_far = adler32(logged)  # the log's copy, which has a checksum of its own, stands for the journal's
     if start <= end < done and adler32(logged[: end - start]) == check:
-        return Recovered(segment.first + logged_count, 0, b"", None, [(0, 0)])  # after a power loss: older than the log
+        return Recovered(
+            segment.first + logged_count, 0, b"", None, [(0, 0)]
+        )  # after a power loss: older than the log
     problems = []
     if not (done <= end <= len(data) and adler32(data[done:end], so_far) == check):
         end, so_far = _vouched_end(segment, data, done, so_far)
@@ -228,7 +236,12 @@ def count_items(data: bytes, at: int, end: int, most: int = sys.maxsize) -> tupl
 _FIXED_SIZES = {0xC0: 1, 0xC2: 1, 0xC3: 1, 0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3,
                 0xD2: 5, 0xD3: 9}  # fmt: skip
 _SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}  # bin and str: bytes of the length
-_COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}  # array and map: bytes of the count, values each
+_COUNTED = {
+    0xDC: (2, 1),
+    0xDD: (4, 1),
+    0xDE: (2, 2),
+    0xDF: (4, 2),
+}  # array and map: bytes of the count, values each
 
 
 def _skip(data: bytes, at: int, end: int) -> int:

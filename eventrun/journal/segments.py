@@ -45,7 +45,10 @@ from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
 
 SEGMENT_BYTES = (16 << 10, 256 << 10, 4 << 20, 32 << 20)  # a stream's first segment, its second, ...
-WRITTEN_SEGMENT_BYTES = SEGMENT_BYTES[:2]  # the same where segments lie in memory besides their file
+WRITTEN_SEGMENT_BYTES = (
+    16 << 10,
+    32 << 10,
+)  # the same where segments lie in memory, besides their file or alone
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
 WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
@@ -86,7 +89,9 @@ class Segment:
         self.first = first
         self.end = self.taken = self.last = self.start
         self.count = self.taken_count = 0
-        self.cuts: deque[tuple[int, int, int]] = deque()  # (end, count, start of last item): where batches may end
+        self.cuts: deque[tuple[int, int, int]] = (
+            deque()
+        )  # (end, count, start of last item): where batches may end
         fields = (MAGIC, stream.writer, first, self.start, self.ring)
         check = crc32(subject, crc32(FIXED.pack(*fields, 0, len(subject))))
         base = self.base
@@ -158,7 +163,6 @@ class Slot(NamedTuple):
         while data:  # a nearly full disk takes less than it is given
             done = os.pwrite(self.arena.descriptor, data, self.base + at)
             data, at = data[done:], at + done
-
 
     def read(self, at: int, count: int) -> bytes:
         """Read back what was written."""
@@ -264,7 +268,9 @@ class JournalFolder:
 
     def _open(self) -> bool:
         """Make the folder with its lock, at the first segment; False when there is none to make."""
-        if self.path is None or self._abandoned or self._opening:  # opening: a finalizer that logs comes in between
+        if (
+            self.path is None or self._abandoned or self._opening
+        ):  # opening: a finalizer that logs comes in between
             return False
         self._opening = True
         try:
@@ -444,7 +450,11 @@ def can_map(path: Path, mountinfo: str | None = None) -> bool:
     if not hasattr(os, "posix_fallocate"):
         return False
     try:
-        text = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape") if mountinfo is None else mountinfo
+        text = (
+            Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
+            if mountinfo is None
+            else mountinfo
+        )
     except OSError:
         return False
     best, kind = "", ""

@@ -42,7 +42,12 @@ class Journal:
                  "_last", "_limit", "_next", "_segment", "_turning", "dropped", "moved", "stream")  # fmt: skip
 
     def __init__(
-        self, folder: JournalFolder, stream: Stream, segment: Segment, first: int, moved: Callable[[bytes], None]
+        self,
+        folder: JournalFolder,
+        stream: Stream,
+        segment: Segment,
+        first: int,
+        moved: Callable[[bytes], None],
     ) -> None:
         self.stream = stream
         self.moved = moved
@@ -132,7 +137,12 @@ class Journal:
         return full, segment, end, last, check, count
 
     def _enter(
-        self, following: Segment | None, limit: int, full: tuple[Segment, ...], segment: Segment | None, end: int
+        self,
+        following: Segment | None,
+        limit: int,
+        full: tuple[Segment, ...],
+        segment: Segment | None,
+        end: int,
     ) -> bool:
         """Go on in another segment, or in none, unless anything has changed since it was `full, segment, end`."""
         older = (*full, segment) if segment is not None else full
@@ -204,7 +214,9 @@ class Journal:
         with self._guard:
             full, segment, _, _, _, _ = self._now()
             here = full if segment is None else (*full, segment)
-            segment = next(s for s in here if s.first + s.taken_count == chunk.first and s.taken < self._end_of(s))
+            segment = next(
+                s for s in here if s.first + s.taken_count == chunk.first and s.taken < self._end_of(s)
+            )
             segment.taken += len(chunk.payload)
             segment.taken_count += chunk.events
             while segment.cuts and segment.cuts[0][0] <= segment.taken:
@@ -271,7 +283,12 @@ class LockedJournal(Journal):
     __slots__ = ()
 
     def __init__(
-        self, folder: JournalFolder, stream: Stream, segment: Segment, first: int, moved: Callable[[bytes], None]
+        self,
+        folder: JournalFolder,
+        stream: Stream,
+        segment: Segment,
+        first: int,
+        moved: Callable[[bytes], None],
     ) -> None:
         super().__init__(folder, stream, segment, first, moved)
         self._guard = self._turning

@@ -136,7 +136,7 @@ class Views:
 
         Raises LogDamaged, StoreUnavailable.
         """
-        return self._healing(lambda: job(self._caught_up() if fresh else self._open()))
+        return self._healing(lambda anew: job(self._caught_up() if fresh or anew else self._open()))
 
     def catch_up(self) -> int:
         """Fold what the log holds by now, and return the position reached."""
@@ -149,12 +149,14 @@ class Views:
     def state(self, name: str, key: str = "", *, fresh: bool = True) -> Any:
         """Return the state of a projection of the user's own under a key. Raises NotFound for an unknown projection."""
         projection = self._registered(name)
-        return self._healing(lambda: get_state(self._projected(projection, fresh), projection, key))
+        return self._healing(
+            lambda anew: get_state(self._projected(projection, fresh or anew), projection, key)
+        )
 
     def keys(self, name: str, *, fresh: bool = True) -> list[str]:
         """Return the keys of a projection of the user's own, sorted. Raises NotFound for an unknown projection."""
         projection = self._registered(name)
-        return self._healing(lambda: get_keys(self._projected(projection, fresh), projection))
+        return self._healing(lambda anew: get_keys(self._projected(projection, fresh or anew), projection))
 
     def _registered(self, name: str) -> Projection[Any]:
         if name not in self.projections:
@@ -208,8 +210,8 @@ class Views:
         Returns the position reached. Others read the old views until then.
         """
         if trial is not None:
-            return self._healing(lambda: self._rebuild_trial(self._caught_up(), trial))
-        return self._healing(self._rebuild)
+            return self._healing(lambda _: self._rebuild_trial(self._caught_up(), trial))
+        return self._healing(lambda _: self._rebuild())
 
     def _rebuild(self) -> int:
         place = self._place
@@ -228,7 +230,7 @@ class Views:
 
     def catch_up_all(self) -> int:
         """Catch up the built-in views and all of the user's own, and return the position reached."""
-        return self._healing(lambda: self._catch_up_all(self._open()))
+        return self._healing(lambda _: self._catch_up_all(self._open()))
 
     def _catch_up_all(self, db: sqlite3.Connection, upto: Mapping[View, int] | None = None) -> int:
         stints: dict[View, Stint] = {TRIALS: self._fold}
@@ -297,14 +299,17 @@ class Views:
             self._checker = ChainChecker()
         self._checked = None
         folding = Folding(db, pace, self._every, keep_points=self.cut == EVERYTHING)
-        position, damage = start, None
+        position, damage, within = start, None, False
         try:
             for stored in batches(self.log, start, target, pace):
-                # The whole batch is decoded before any of it is folded, so that damage is found before.
-                for part in list(slices(stored, start, self.cut, pace, self._checker)):
+                for part in slices(stored, start, self.cut, pace, self._checker):
+                    within = True
                     folding.take_cut(part)
+                within = False
                 position, mark = stored.last_position, digest(stored.batch)
         except LogDamaged as error:
+            if within:  # half a batch was taken
+                raise
             damage = error
         folding.write()
         if self.cut.position is not None:
@@ -370,14 +375,17 @@ class Views:
         self._db = place.open(named)
         return self._db
 
-    def _healing(self, job: Callable[[], T]) -> T:
-        """Run a job; when the views can't be used, replace them and run it again."""
+    def _healing(self, job: Callable[[bool], T]) -> T:
+        """Run a job; when the views can't be used, begin anew and run it again, telling it so: they are empty then.
+
+        sqlite3 raises UnicodeDecodeError where damage has reached the text of an error.
+        """
         import sqlite3
 
         for attempt in range(HEALINGS + 1):
             try:
-                return job()
-            except (sqlite3.DatabaseError, DamagedView, UnusableView) as error:
+                return job(attempt > 0)
+            except (sqlite3.DatabaseError, DamagedView, UnusableView, UnicodeDecodeError) as error:
                 if isinstance(error, sqlite3.Error) and is_busy(error):
                     raise StoreUnavailable(
                         "another process holds the views for too long: try again"

@@ -32,6 +32,10 @@ SNAPSHOT_WORTH = 100  # a trial with fewer events than 1/100 of that has none: f
 FOLD_EVENTS = 50_000  # events folded at a time
 LIVE_TRIALS = 4_096  # trials in memory at a time
 LIVE_POINTS = 1_000_000  # points in memory at a time, 60 to 80 bytes each
+GENTLE_LIVE_POINTS = (
+    50_000  # the same in a process that records: a full garbage collection looks at each, 1 ms in all
+)
+POINTS_PER_SERIES = 30  # but so many that writing them is worth while
 ROWS = 64  # per statement
 WAITING_SERIES = 512  # written at a time; an open chunk has up to 40 KiB
 SEPARATOR, ESCAPE = "\x1f", "\x1e"  # around tags; a separator in a tag is written ESCAPE and "-"
@@ -58,13 +62,13 @@ _PUT_CHUNKS = "INSERT OR REPLACE INTO chunks (number, points) VALUES"
 _PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, fold) VALUES"
 _SNAPSHOT = """
     INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
-    SELECT number, ?1, until_ns, fold FROM trials JOIN folds ON trial = number
-    WHERE position > ?1 - ?2 AND events >= ?2 / ?3
+    SELECT number, :position, until_ns, fold FROM trials JOIN folds ON trial = number
+    WHERE position > :position - :every AND events >= :every / :worth
 """
 _SNAPSHOT_ONE = """
     INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
-    SELECT number, ?1, until_ns, fold FROM trials JOIN folds ON trial = number
-    WHERE id = ?4 AND position > ?1 - ?2 AND events >= ?2 / ?3
+    SELECT number, :position, until_ns, fold FROM trials JOIN folds ON trial = number
+    WHERE id = :trial AND position > :position - :every AND events >= :every / :worth
 """
 
 
@@ -113,8 +117,14 @@ class Folding:
         self._waiting_events += len(part.items)
         if self._pace.gentle or self._waiting_events >= FOLD_EVENTS:
             self._fold_waiting()
-            if len(self._trials) > LIVE_TRIALS or self._points > LIVE_POINTS:
+            if len(self._trials) > LIVE_TRIALS or self._points > self._most_points():
                 self.write()
+
+    def _most_points(self) -> int:
+        if not self._pace.gentle or self._points <= GENTLE_LIVE_POINTS:
+            return LIVE_POINTS
+        series = sum(len(trial.fold.metrics) for trial in self._trials.values())
+        return min(max(GENTLE_LIVE_POINTS, POINTS_PER_SERIES * series), LIVE_POINTS)
 
     def take_cut(self, part: Slice) -> None:
         """Fold the next slice of the whole log, and make snapshots where it passes a multiple of the interval."""
@@ -130,10 +140,11 @@ class Folding:
     def snapshot(self, position: int) -> None:
         """Keep the folds of trials with news since the snapshot before, as they are at `position`."""
         self.write()
+        when = {"position": position, "every": self._every, "worth": SNAPSHOT_WORTH}
         if self._only is None:
-            self._db.execute(_SNAPSHOT, (position, self._every, SNAPSHOT_WORTH))
+            self._db.execute(_SNAPSHOT, when)
         else:
-            self._db.execute(_SNAPSHOT_ONE, (position, self._every, SNAPSHOT_WORTH, self._only))
+            self._db.execute(_SNAPSHOT_ONE, {**when, "trial": self._only})
 
     def write(self) -> None:
         """Write back all that was taken."""
@@ -221,6 +232,7 @@ class Folding:
                 opened = open_of(count, data)
                 full = count // CHUNK
                 for part in trial.points:
+                    self._pace.breathe()
                     for chunk in packer.extend(opened, part[name]) if name in part else ():
                         opened = chunk
                         if chunk.count == CHUNK:
@@ -228,6 +240,8 @@ class Folding:
                             full, opened = full + 1, None
                 left, data = (0, None) if opened is None else (opened.count, encode_chunk(opened))
                 series.append((number, trial.number, name, full * CHUNK + left, data))
+            while trial.points:  # one after the other: to free a million points at once takes 50 ms
+                trial.points.pop()
                 self._pace.breathe()
         put(self._db, _PUT_CHUNKS, chunks)
         put(self._db, _PUT_SERIES, series)

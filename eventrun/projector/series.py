@@ -19,7 +19,10 @@ from typing import Any, Final, Literal, Protocol
 import msgspec
 from msgspec import Struct
 
-CHUNK = 1024  # points; see `tools/decisions`: larger ones cost more at each catch-up than they win in reading
+# Points in a full chunk. Of 512, 1024, 2048 and 4096 the larger ones read 1 M points in 38, 29, 26 and 25 ms, but the
+# open chunk of each metric is written anew at each catch-up: with 300 live trials of 10 metrics each it took 0.39 s
+# when they held 800 points, and 0.65 s when they held 1,800.
+CHUNK = 1024
 Kind = Literal["n", "d", "q", "b", "r", "m"]
 NONE: Final = "n"
 FLOATS: Final = "d"
@@ -98,8 +101,10 @@ def encode_chunk(chunk: Chunk) -> bytes:
 
 def decode_chunk(data: bytes) -> Chunk:
     """Read a chunk. Raises DamagedView."""
-    with undamaged():
+    try:
         return _decoder.decode(without_crc(data))
+    except msgspec.DecodeError as error:
+        raise DamagedView(f"a chunk of a series is malformed: {error}") from error
 
 
 def pack(elements: Sequence[Any]) -> Column:

@@ -7,11 +7,13 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from eventrun.errors import Ambiguous, InvalidValue, NotFound
 from eventrun.projections import TrialState, decode_state
 from eventrun.projector import Views
 from eventrun.projector.catchup import find, tag_text
-from eventrun.projector.series import DamagedView, undamaged, without_crc
+from eventrun.projector.series import DamagedView, without_crc
 
 if TYPE_CHECKING:
     import sqlite3
@@ -46,9 +48,10 @@ _LIST_UNCREATED = """
 """
 _COUNT_CREATED = "SELECT count(*) FROM trials WHERE {conditions} AND created_ns IS NOT NULL"
 _GET = "SELECT id, state FROM wanted JOIN trials ON id = column1"
-_BY_ID = "SELECT id FROM trials WHERE id = ?"
-_BY_NAME = "SELECT id FROM trials WHERE name = ? ORDER BY created_ns, id"
-_BY_PREFIX = "SELECT id FROM trials WHERE id >= ?1 AND id < ?1 || char(0x10ffff) ORDER BY id"
+_BY_ID = "SELECT id FROM trials WHERE id = :text"
+_BY_NAME = "SELECT id FROM trials WHERE name = :text ORDER BY created_ns, id"
+_BY_PREFIX = "SELECT id FROM trials WHERE id >= :text AND id < :text || char(0x10ffff) ORDER BY id"
+_UNINDEXED = "SELECT 1 FROM trials NOT INDEXED WHERE id = ?1 OR name = ?1"
 _DESCRIBE = "SELECT id, project, grp, name FROM wanted JOIN trials ON id = column1"
 _NEWEST = "SELECT id FROM trials ORDER BY created_ns DESC, id DESC LIMIT 1"
 _NEWEST_NAMES = "SELECT name FROM trials ORDER BY created_ns DESC, id DESC LIMIT ?"
@@ -88,6 +91,9 @@ class Choice(NamedTuple):
         """Give the parameters of `sql`."""
         tag = None if self.tag is None else tag_text([self.tag])
         return {**self._asdict(), "tag": tag}
+
+
+ANY_TRIAL = Choice()
 
 
 # pages ---------------------------------------------------------------------------------------------------------
@@ -147,12 +153,11 @@ def _page(
     statement = query.format(conditions=choice.sql(more), order="DESC" if descending else "ASC")
     bound = {**choice.bound(), "id": place[0], "created_ns": place[1], "limit": size, "offset": offset}
     rows = db.execute(statement, bound).fetchall()
-    pace, states = views.pace(), []
+    pace, states, any_trial = views.pace(), [], choice == ANY_TRIAL
     for trial, data in rows:
         state = read_state(data)
-        if state.id != trial or not choice.holds(
-            state
-        ):  # the columns that were asked have no checksum of their own
+        # The columns that were asked have no checksum of their own.
+        if state.id != trial or not (any_trial or choice.holds(state)):
             raise DamagedView(f"the columns of trial {trial!r} contradict its state")
         states.append(state)
         pace.breathe()
@@ -166,8 +171,10 @@ def _count(choice: Choice, db: sqlite3.Connection) -> int:
 
 def read_state(data: object) -> TrialState:
     """Read a stored state. Raises DamagedView."""
-    with undamaged():
+    try:
         return decode_state(without_crc(data))
+    except msgspec.DecodeError as error:
+        raise DamagedView(f"a stored state is malformed: {error}") from error
 
 
 def _by_key(
@@ -302,7 +309,7 @@ def resolve(db: sqlite3.Connection, text: str) -> str:
             raise NotFound("there is no trial yet")
         return str(row[0])
     for query in (_BY_ID, _BY_NAME, _BY_PREFIX) if text else ():
-        found = [str(trial) for (trial,) in db.execute(query, (text,)).fetchmany(NEAR + 1)]
+        found = [str(trial) for (trial,) in db.execute(query, {"text": text}).fetchmany(NEAR + 1)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -312,6 +319,8 @@ def resolve(db: sqlite3.Connection, text: str) -> str:
             raise Ambiguous(
                 f"{text!r} is the {what} of several trials: {', '.join(shown)}{more}; give the id"
             )
+    if db.execute(_UNINDEXED, (text,)).fetchone() is not None:
+        raise DamagedView(f"an index of the views doesn't lead to trial {text!r}")
     raise NotFound(f"there is no trial {text!r}{_near(db, text)}; `eventrun ls` lists what there is")
 
 

@@ -42,7 +42,7 @@ _CHUNKS = "SELECT points FROM chunks WHERE number >= ? AND number < ? ORDER BY n
 _GROUPS = "SELECT DISTINCT project, grp FROM trials"
 _SUBJECTS = "SELECT subject FROM subjects"
 _SUBJECT = "SELECT fold FROM subjects WHERE subject = ?"
-_TRIALS_OF = "SELECT state FROM trials WHERE project = ? AND (?2 IS NULL OR grp = ?2)"
+_TRIALS_OF = "SELECT state FROM trials WHERE project = :project AND (:grp IS NULL OR grp = :grp)"
 
 
 class Reads:
@@ -215,6 +215,8 @@ def _chunks(db: sqlite3.Connection, pace: Pace, number: int, count: int, data: b
 def _groups(db: sqlite3.Connection) -> list[tuple[str, str]]:
     """Return all pairs of project and group ("": none) that have a trial or an event of their own, sorted."""
     found = {(project, group) for project, group in db.execute(_GROUPS) if project}
+    if not all(isinstance(name, str) for pair in found for name in pair):
+        raise DamagedView("the name of a project or group is no text")
     for (subject,) in db.execute(_SUBJECTS):
         kind, *names = split_subject(subject)
         found.add((names[0], names[1] if kind == "g" else ""))
@@ -234,7 +236,7 @@ def _project(views: Views, project: str, db: sqlite3.Connection) -> ProjectState
 
 def _trials(views: Views, db: sqlite3.Connection, project: str, group: str | None) -> Iterator[TrialState]:
     pace = views.pace()
-    for (data,) in db.execute(_TRIALS_OF, (project, group)):
+    for (data,) in db.execute(_TRIALS_OF, {"project": project, "grp": group}):
         yield read_state(data)
         pace.breathe()
 

@@ -36,4 +36,10 @@ def open_store(url: str | os.PathLike[str], *, create: bool = True) -> Store:
 
     from eventrun.stores.sqlite import SqliteStore
 
-    return SqliteStore(Path(path).expanduser(), create=create)
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:
+        raise StoreUnavailable(
+            f"{path!r} begins with a user that isn't known here: write ./{path}"
+        ) from error
+    return SqliteStore(folder, create=create)

@@ -22,7 +22,7 @@ from eventrun.codec import Batch, Stream
 from eventrun.errors import Closed, StoreUnavailable
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
 from eventrun.stores.sqlite.batches import Appender, end_of, read
-from eventrun.stores.sqlite.connection import DURABLE, TO_APPEND, Courier, Log, store_error
+from eventrun.stores.sqlite.connection import DURABLE, TO_APPEND, WAL_BYTES, Courier, Log, store_error
 from eventrun.stores.sqlite.mark import Mark
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class SqliteStore:
         self._writer, self._reader, self._keeper = map(Courier, logs)
         self._appender = Appender(logs[0])
         self._mark = Mark(self.folder / "log.mark")
+        self._checkpoint_at = WAL_BYTES
         self._closed = False
 
     async def append(self, batches: Sequence[Batch], expected: Mapping[Stream, int] | None = None) -> int:
@@ -55,7 +56,19 @@ class SqliteStore:
             self._mark.write(end)
             return end
 
-        return await self._open(self._writer).run(job)
+        end = await self._open(self._writer).run(job)
+        await self._keep_wal_small()
+        return end
+
+    async def _keep_wal_small(self) -> None:
+        size = self._keeper.log.wal_bytes()
+        if size <= self._checkpoint_at:
+            return
+        try:
+            done = await self._open(self._keeper).run(self._keeper.log.checkpoint)
+        except StoreUnavailable:  # the batches are in the log all the same; settle() will tell
+            done = False
+        self._checkpoint_at = WAL_BYTES if done else size + WAL_BYTES
 
     async def read(
         self, after: int = 0, *, subject: str | None = None, limit_bytes: int = READ_BYTES
@@ -78,12 +91,12 @@ class SqliteStore:
     async def settle(self) -> None:
         """Checkpoint: copy all that was appended from the write-ahead file to the database.
 
-        Doesn't hold up appends. Raises StoreUnavailable when a reader hinders it for SETTLE_S.
+        Appends wait meanwhile. Raises StoreUnavailable when a reader hinders it for SETTLE_S.
         """
         import asyncio
 
         deadline = clock.monotonic_ns() + SETTLE_S * 1e9
-        while not await self._open(self._keeper).run(_checkpoint):
+        while not await self._open(self._keeper).run(self._keeper.log.checkpoint):
             if clock.monotonic_ns() > deadline:
                 raise StoreUnavailable(
                     f"{self.folder}: a reader has hindered the checkpoint for {SETTLE_S:g} s"
@@ -126,12 +139,6 @@ class SqliteStore:
         if self._closed:
             raise Closed(f"{self.folder} was closed before this call: open it again")
         return courier
-
-
-def _checkpoint(raw: sqlite3.Connection) -> bool:
-    # PASSIVE, because the others keep appends waiting while they wait for readers.
-    busy, frames, copied = raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    return not busy and frames == copied
 
 
 def _backup(raw: sqlite3.Connection, out: Path) -> None:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:  # imported on first use: together they take 40 ms
 
 APPLICATION_ID = 0x65767275  # also in schema.sql
 BUSY_S = 10.0  # how long to wait while another process holds the log
-WAL_BYTES = 64 << 20  # where a commit itself checkpoints, because nobody called settle()
+WAL_BYTES = (
+    64 << 20
+)  # of the write-ahead file, beyond which an append checkpoints if nobody has called settle()
 CACHE_BYTES = 16 << 20  # with 1,000 streams a commit touches 1,000 index pages
 
 # As few as can be: beside a busy thread each may take 10 ms.
@@ -30,8 +32,8 @@ if sys.platform == "darwin":  # a plain fsync stops at the disk's cache
 TO_APPEND = [
     *DURABLE,
     f"PRAGMA cache_size = {-CACHE_BYTES // 1024}",
-    f"PRAGMA wal_autocheckpoint = {WAL_BYTES // 4096}",  # in pages of the default size
-    f"PRAGMA journal_size_limit = {WAL_BYTES}",
+    "PRAGMA wal_autocheckpoint = 0",  # see Log.checkpoint
+    f"PRAGMA journal_size_limit = {WAL_BYTES}",  # to which a checkpointed write-ahead file is cut down
 ]
 _FORMAT = """
     SELECT (SELECT count(*) FROM sqlite_master), application_id, user_version
@@ -84,6 +86,28 @@ class Log:
         raw, self._raw = self._raw, None
         if raw is not None:
             raw.close()
+
+    def wal_bytes(self) -> int:
+        """Return the size of the write-ahead file."""
+        try:
+            return os.stat(f"{self.file}-wal").st_size
+        except OSError:
+            return 0
+
+    def checkpoint(self, raw: sqlite3.Connection) -> bool:
+        """Copy the write-ahead file into the database; False when a reader needs some of it where it is."""
+        # Nobody may commit meanwhile: up to 3.51.2 SQLite can lose transactions when a commit starts the file anew
+        # under a checkpoint (sqlite.org/wal.html#walresetbug). So another connection holds the lock for writing, and
+        # nothing of SQLite's own accord checkpoints beside commits. FULL and TRUNCATE take that lock too, but go on
+        # without it after a while, and make everybody wait for readers.
+        gate = _connect(self.file, "rw")
+        try:
+            gate.execute("BEGIN IMMEDIATE")
+            busy, frames, copied = raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            gate.execute("ROLLBACK")
+        finally:
+            gate.close()
+        return not busy and frames == copied
 
     def abandon(self) -> object:
         """Give away the connection as it is: in a fork's child it must be neither used nor closed."""
@@ -227,7 +251,7 @@ class Courier:
     """
 
     def __init__(self, log: Log) -> None:
-        self._log = log
+        self.log = log
         self._opening: asyncio.Future[aiosqlite.Connection] | None = None
         self._process = 0
 
@@ -241,7 +265,7 @@ class Courier:
             self._opening = asyncio.ensure_future(self._open())
         connection = await asyncio.shield(self._opening)
         # A closure, since aiosqlite logs the call at level DEBUG with all its arguments.
-        return await _on_thread(connection, lambda: self._log.run(job))
+        return await _on_thread(connection, lambda: self.log.run(job))
 
     async def _open(self) -> aiosqlite.Connection:
         import asyncio
@@ -252,7 +276,7 @@ class Courier:
         logger = logging.getLogger("aiosqlite")
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)  # two lines per job would drown the training's own debug output
-        connection = aiosqlite.Connection(self._log.connect, iter_chunk_size=1)
+        connection = aiosqlite.Connection(self.log.connect, iter_chunk_size=1)
         # Or a client that nobody closed would hang the interpreter's exit. Before aiosqlite 0.22 it is the thread.
         thread: Any = getattr(connection, "_thread", connection)
         thread.daemon = True
@@ -270,12 +294,12 @@ class Courier:
         opening, self._opening = self._opening, None
         if opening is not None:
             connection = await opening
-            await _on_thread(connection, self._log.close)
+            await _on_thread(connection, self.log.close)
             await connection.close()
 
     def _leave_to_parent(self) -> None:
         if self._opening is not None and self._process != os.getpid():
-            _inherited.append((self._opening, self._log.abandon()))
+            _inherited.append((self._opening, self.log.abandon()))
             self._opening = None
 
 
