@@ -10,6 +10,7 @@ A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<gro
 from __future__ import annotations
 
 from typing import Any, get_args
+
 from msgspec import Struct
 
 # A metric's value, and a step: what is kept exactly as it was given.

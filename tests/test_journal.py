@@ -45,7 +45,7 @@ from eventrun.journal.writing import Chunk, LockedJournal, WrittenJournal
 
 STREAM = Stream("t/00000000000000ab", 0xABCDEF0123456789)
 T0 = 1_700_000_000_000_000_000
-Found = list[tuple[list[bytes], list[str]]]
+IN_CI = os.environ.get("HYPOTHESIS_PROFILE", os.environ.get("CI", "")) not in ("", "0", "dev")
 
 
 def item(number: int, size: int = 0) -> bytes:
@@ -100,6 +100,8 @@ def found_in(folder: Path, first: int = 1) -> tuple[list[bytes], list[str]]:
     items: list[bytes] = []
     for found in streams.values():
         for segment in found:
+            if segment.first < first:  # the log has it, the file has not been removed yet
+                continue
             if segment.first != first + len(items):
                 problems.append(f"sequence {segment.first} follows {first + len(items) - 1}")
                 break
@@ -280,7 +282,7 @@ def test_the_next_segment_is_made_ahead(small: None, opened: Open, monkeypatch: 
         journal.append(item(i, 60))
     journal.prepare()
     monkeypatch.setattr(journal._folder, "segment", None)
-    for i in range(9, 20):
+    for i in range(9, 25):
         journal.append(item(i, 60))
     assert len(journal._full) == 1
 
@@ -376,11 +378,12 @@ class Injector:
 
 
 def each_moment(run: Callable[[int], Injector]) -> int:
-    """Run with n = 1, 2, ... until nothing was left to come in between of."""
-    for n in itertools.count(1):
-        if run(n).left > 0:
-            return n - 1
-    raise AssertionError
+    """Run with n = 1, 2, ... until nothing is left to come in between of; outside CI a sample of them."""
+    moments = sys.maxsize - run(sys.maxsize).left
+    every = range(1, moments + 1)
+    for n in every if IN_CI or moments < 150 else random.Random(moments).sample(every, 150):
+        assert run(n).left <= 0
+    return moments
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -433,8 +436,9 @@ def test_an_exception_at_any_moment_of_a_log_call(small: None, opened: Open, map
                     torn.append(data)
         items, problems = found_in(path_of(journal))
         assert problems == []
-        assert items in (returned, sorted(returned + torn, key=lambda data: decode_items(data, 1)[0][0]))
-        assert joined(take_all(journal)) == items
+        both = sorted(returned + torn, key=lambda data: decode_items(data, 1)[0][0])
+        assert items in (returned, both)
+        assert joined(take_all(journal)) in (items, both)
         return injector
 
     assert each_moment(run) > 50
@@ -447,7 +451,7 @@ def test_the_flusher_at_any_moment_of_a_log_call(small: None, opened: Open, mapp
 
     def run(n: int) -> Injector:
         journal = opened(mapped=mapped)
-        sent = [item(i, 150) for i in range(12)] + [item(13, 3000), item(14, 60)]
+        sent = [item(i, 150) for i in range(8)] + [item(8, 3000), item(9, 60)]
         taken: list[Chunk] = []
 
         def flush() -> None:
@@ -479,7 +483,7 @@ def test_the_end_at_any_moment_of_a_log_call(small: None, opened: Open, end: str
 
     def run(n: int) -> Injector:
         journal = opened()
-        sent = [item(i, 150) for i in range(12)] + [item(13, 3000), item(14, 60)]
+        sent = [item(i, 150) for i in range(8)] + [item(8, 3000), item(9, 60)]
         taken: list[Chunk] = []
         moved: list[bytes] = []
         journal.moved = moved.append
@@ -535,6 +539,7 @@ def test_a_kill_at_any_instruction_leaves_no_damage(small: None, opened: Open) -
     journal = opened()
     path = path_of(journal)
     sent: list[bytes] = []
+    before: dict[str, bytes] = {}
     logged = looked = 0
 
     class Looker(Injector):
@@ -546,6 +551,11 @@ def test_a_kill_at_any_instruction_leaves_no_damage(small: None, opened: Open) -
             return super()._trace(frame, event, _)
 
     def look() -> None:
+        files = {file.name: file.read_bytes() for file in path.glob("*.arena")}
+        if files == before:
+            return
+        before.clear()
+        before.update(files)
         streams, problems = segments_in(path)
         items, following = [], 0
         for segment in streams.get(STREAM, []):
@@ -706,7 +716,7 @@ def test_each_truncation_gives_a_prefix(killed: tuple[Path, list[bytes], list[in
     path, sent, marks = killed
     for file in sorted(path.glob("*.arena")):
         whole = file.read_bytes()
-        for size in range(len(whole.rstrip(b"\0")), -1, -3):
+        for size in range(len(whole.rstrip(b"\0")), -1, -1 if IN_CI else -13):
             os.truncate(file, size)
             items, problems = found_in(path)
             assert items == sent[: len(items)]
@@ -726,6 +736,8 @@ def test_each_flipped_bit_gives_a_prefix(killed: tuple[Path, list[bytes], list[i
         slot = int(file.stem.partition("-")[2])
         for at in range(len(whole)):
             if whole[at] == 0 and at % slot > 1000:  # nothing is there
+                continue
+            if not IN_CI and draw.random() < 0.8:
                 continue
             damaged = bytearray(whole)
             damaged[at] ^= 1 << draw.randrange(8)
@@ -858,7 +870,7 @@ def test_a_short_write_doesnt_count(small: None, opened: Open, monkeypatch: pyte
     def grudging(descriptor: int, data: bytes, at: int) -> int:
         if fail:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return pwrite(descriptor, bytes(data)[:7], at)
+        return pwrite(descriptor, bytes(data)[:50], at)
 
     sent = [item(i, 60) for i in range(12)]
     journal.append(sent[0])

@@ -103,9 +103,11 @@ class Segment:
 
     def mark(self, end: int, count: int, check: int) -> None:
         """Note that the items up to `end` have this checksum."""
+        buffer = self.buffer
         at = self.base + RING_AT + (self.turns % self.ring) * MARK.size
-        self.buffer[at : at + MARK.size] = packed_mark(end, count, check)
-        self.turns += 1
+        if buffer:  # its memory may have been let go
+            buffer[at : at + MARK.size] = packed_mark(end, count, check)
+            self.turns += 1
 
     def read(self, start: int, end: int) -> bytes:
         """Return a copy of some bytes, from the file when the memory was let go."""
@@ -117,18 +119,25 @@ class Segment:
 
     def write(self) -> None:
         """Copy what is new to the file behind this memory: items and marks, then the head that makes them count."""
-        buffer, turns = self.buffer, self.turns
-        if self.place is None or not buffer:
+        buffer, place = self.buffer, self.place
+        if place is None or not buffer:
             return
-        head = bytes(buffer[:8])  # now: another item may come while this one is written
-        end = HEAD.unpack(head)[0] & 0xFFFFFFFF
-        if self.written_turns != turns:
-            self.place.write(8, buffer[8 : self.start])
-        start = max(self.written, self.start)
-        if start < end:
-            self.place.write(start, buffer[start:end])
-        self.place.write(0, head)
-        self.written, self.written_turns = end, turns
+        descriptor = place.arena.descriptor
+        while True:
+            head, turns = bytes(buffer[:8]), self.turns
+            end = HEAD.unpack(head)[0] & 0xFFFFFFFF
+            if self.written_turns != turns:
+                place.write(8, buffer[8 : self.start])
+            start = max(self.written, self.start)
+            if start < end:
+                place.write(start, buffer[start:end])
+            current = bytes(buffer[:8])
+            # No call between the look and the write: a log call inside this one writes a newer head.
+            if current == head:
+                if os.pwrite(descriptor, head, place.base) < len(head):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.written, self.written_turns = end, turns
+                return
 
 
 def packed_mark(end: int, count: int, check: int) -> bytes:
