@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from eventrun.clock import sleep
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future  # imported on first use: it loads logging
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -146,6 +148,8 @@ class _Walk(AsyncIterator[T]):
 
 def then(pending: Pending[T], change: Callable[[T], U]) -> Pending[U]:
     """Make a Pending of `change(answer)`; an error passes through."""
+    from concurrent.futures import Future
+
     changed: Future[U] = Future()
 
     def forward(future: Future[T]) -> None:

@@ -10,7 +10,6 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,9 +18,11 @@ from eventrun.pending import Pending
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future  # imported on first use: it loads logging
+
+    _Call = tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
 
 T = TypeVar("T")
-_Call = tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
 
 # Held while a thread of eventrun's imports what takes long. A fork waits for it: the child would have a half-imported
 # module, locked by a thread that it hasn't got, and would wait for ever where it needs that module.
@@ -57,6 +58,8 @@ class Portal:
 
     def call(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> Pending[T]:
         """Run a coroutine function on the background loop. Doesn't wait, not even for the loop to start."""
+        from concurrent.futures import Future
+
         future: Future[T] = Future()
         with self._lock:
             loop = self._running_loop()
@@ -65,6 +68,8 @@ class Portal:
 
     def read(self, function: Callable[..., T], *arguments: Any) -> Pending[T]:
         """Run a function on the reader thread, after those asked for before it."""
+        from concurrent.futures import Future
+
         future: Future[T] = Future()
 
         def job() -> None:

@@ -598,6 +598,28 @@ def test_flipped_bits_in_what_was_folded_are_noticed(lab: Lab, folder: Path) -> 
     views.close()
 
 
+def test_what_heals_is_read_whole(lab: Lab, folder: Path) -> None:
+    """A read that didn't ask to catch up gets everything too, when it meets damage: new views begin empty."""
+    fill(lab)
+    views = Views(folder, lab.log, [kinds_by_trial()])
+    views.catch_up_all()
+    views.read(lambda db: db.execute("UPDATE states SET state = x'00'"))
+    assert views.state("kinds", "one", fresh=False)["MetricsLogged"] == 50
+    tries = []
+
+    def job(db: sqlite3.Connection) -> int:
+        tries.append(1)
+        if len(tries) == 1:
+            raise packing.DamagedView("somewhere")
+        return int(db.execute("SELECT count(*) FROM trials").fetchone()[0])
+
+    assert views.read(job, fresh=False) == 2
+    views.read(lambda db: db.execute("DELETE FROM checkpoints"))
+    views.catch_up()
+    assert metrics_in(views, "one") == 50
+    views.close()
+
+
 def test_views_of_another_log_are_made_anew(tmp_path: Path) -> None:
     """A log that is shorter than what the views have read, or another log of the same length, voids them."""
     with opened() as first, opened() as shorter, opened() as longer:

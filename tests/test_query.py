@@ -1,6 +1,7 @@
 """Reading: lists, single trials, series, events, and all of it as of a moment of the past."""
 
 import math
+import random
 import sys
 from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -785,4 +786,35 @@ def test_views_in_a_folder_serve_the_next_reader(tmp_path: Path) -> None:
         assert len(ids(reader)) == 5
         assert (len(lab.reads) > 0) == (reads > 0)
         reader.close()
+    lab.reader.close()
+
+
+def test_a_flipped_bit_in_the_views_is_not_believed(tmp_path: Path) -> None:
+    """Wherever it is, reading gives the same, for views are made anew; at most an index hides a row from a filter."""
+    lab, chance = Lab(), random.Random(7)
+    record_five(lab)
+    lab.append(Stream(group_subject("p", "g1"), 1), [(1, GroupCreated("p", "g1"))])
+
+    def ask() -> str:
+        reader = Reader(tmp_path, read=lab.read, end=lambda: lab.wait(lab.store.end()))
+        lists = [everything(ask) for ask in (reader.trials, reader.groups, reader.projects)]
+        chosen = [ids(reader, **one) for one in ({"project": "p"}, {"status": "failed"}, {"tag": "x"})]
+        single = reader.trial("third"), reader.history("c", "loss").to_dict()
+        reader.close()
+        return repr((lists, chosen, single))
+
+    expected = ask()
+    [file] = tmp_path.glob("views-*.db")
+    whole, pointer = file.read_bytes(), (tmp_path / "views").read_bytes()
+    used = [place for place, byte in enumerate(whole) if byte]
+    wrong = 0
+    for _ in range(200):
+        for each in tmp_path.glob("views*"):
+            each.unlink()
+        flipped = bytearray(whole)
+        flipped[chance.choice(used)] ^= 1 << chance.randrange(8)
+        file.write_bytes(flipped)
+        (tmp_path / "views").write_bytes(pointer)
+        wrong += ask() != expected
+    assert wrong <= 3
     lab.reader.close()

@@ -119,22 +119,22 @@ class Segment:
 
     def write(self) -> None:
         """Copy what is new to the file behind this memory: items and marks, then the head that makes them count."""
-        buffer, place = self.buffer, self.place
+        buffer, head, place = self.buffer, self.head, self.place
         if place is None or not buffer:
             return
-        descriptor = place.arena.descriptor
+        descriptor, base = place.arena.descriptor, place.base
         while True:
-            head, turns = bytes(buffer[:8]), self.turns
-            end = HEAD.unpack(head)[0] & 0xFFFFFFFF
+            now, turns = head[0], self.turns
+            end = now & 0xFFFFFFFF
             if self.written_turns != turns:
                 place.write(8, buffer[8 : self.start])
             start = max(self.written, self.start)
             if start < end:
                 place.write(start, buffer[start:end])
-            current = bytes(buffer[:8])
-            # No call between the look and the write: a log call inside this one writes a newer head.
-            if current == head:
-                if os.pwrite(descriptor, head, place.base) < len(head):
+            packed = HEAD.pack(now)
+            # No call between the look and the write: a log call that came in between has written a newer head.
+            if head[0] == now:
+                if os.pwrite(descriptor, packed, base) < len(packed):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self.written, self.written_turns = end, turns
                 return
@@ -342,7 +342,8 @@ class JournalFolder:
         """Let go of the memory of a segment that its file, or the log, holds."""
         nothing = memoryview(b"")
         if segment.buffer:  # once, whoever comes in between
-            segment.buffer = segment.head = nothing
+            segment.head = nothing
+            segment.buffer = nothing
             self.memory_bytes -= segment.size
 
     def release(self, segment: Segment) -> None:

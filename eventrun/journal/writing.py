@@ -108,12 +108,14 @@ class Journal:
                     self._limit = limit
                 return True
             # Now nobody gets past but by `_turn`: only a finalizer or signal handler of this very thread, or the end.
+            # The handler gets a small segment: a large one takes longer than until the next signal, which gets one too.
+            previous = 0 if self._limit < 0 else segment.size
             self._limit = -1
             following, self._next = self._next, None
             if following is not None and following.size < self._folder.size_for(self.stream, size, 0):
                 self._folder.release(following)
                 following = None
-            following = following or self._folder.segment(self.stream, size, segment.size)
+            following = following or self._folder.segment(self.stream, size, previous)
             if following is None:
                 self.dropped += 1
                 self._folder.drop()

@@ -60,6 +60,7 @@ _DROP_TRIAL = (
     "DELETE FROM folds WHERE trial = ?",
     "DELETE FROM trials WHERE number = ?",
 )
+_ANY_FOLD = "SELECT 1 FROM folds LIMIT 1"
 _NUMBER = "SELECT number FROM trials WHERE id = ?"
 _BUILT_IN = (
     """
@@ -175,7 +176,9 @@ class Views:
         return self.read(self._digest, fresh=False)[0]
 
     def is_right(self) -> bool:
-        """Tell whether a fresh fold of the log up to where the views have read gives what they hold."""
+        """Tell whether the views hold what a fresh fold gives of the log up to where they have read."""
+        if self.read(lambda db: db.execute("PRAGMA integrity_check(1)").fetchone()[0], fresh=False) != "ok":
+            return False
         stored, reached = self.read(self._digest, fresh=False)
         fresh = Views(
             None, self.log, self.projections.values(), gentle=self.gentle, snapshot_every=self._every
@@ -291,6 +294,8 @@ class Views:
         """Fold the next events; what comes before damage in the log is kept."""
         start, mark = checkpoint(db, TRIALS)
         self._check_same_log(start, mark)
+        if not start and db.execute(_ANY_FOLD).fetchone() is not None:
+            raise DamagedView("there are trials, but no checkpoint")
         pace = self.pace()
         target = min(target, start + (GENTLE_STINT_EVENTS if pace.gentle else STINT_EVENTS))
         if target - start >= NUMPY_FROM and not pace.gentle:

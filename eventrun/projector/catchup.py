@@ -63,12 +63,7 @@ _PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, fold) VALUES"
 _SNAPSHOT = """
     INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
     SELECT number, :position, until_ns, fold FROM trials JOIN folds ON trial = number
-    WHERE position > :position - :every AND events >= :every / :worth
-"""
-_SNAPSHOT_ONE = """
-    INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
-    SELECT number, :position, until_ns, fold FROM trials JOIN folds ON trial = number
-    WHERE id = :trial AND position > :position - :every AND events >= :every / :worth
+    WHERE position > :position - :every AND events >= :every / :worth AND (:only IS NULL OR id = :only)
 """
 
 
@@ -141,10 +136,8 @@ class Folding:
         """Keep the folds of trials with news since the snapshot before, as they are at `position`."""
         self.write()
         when = {"position": position, "every": self._every, "worth": SNAPSHOT_WORTH}
-        if self._only is None:
-            self._db.execute(_SNAPSHOT, when)
-        else:
-            self._db.execute(_SNAPSHOT_ONE, {**when, "trial": self._only})
+        bound = {"position": position, "every": self._every, "worth": SNAPSHOT_WORTH, "only": self._only}
+        self._db.execute(_SNAPSHOT, bound)
 
     def write(self) -> None:
         """Write back all that was taken."""

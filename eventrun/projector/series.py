@@ -77,8 +77,8 @@ def with_crc(data: bytes) -> bytes:
 
 def without_crc(data: object) -> bytes:
     """Check and remove what `with_crc` appended. Raises DamagedView."""
-    if not isinstance(data, bytes):
-        raise DamagedView(f"a stored value is {type(data).__name__}, not bytes")
+    if not isinstance(data, bytes) or len(data) < 5:
+        raise DamagedView("a stored value was cut, or is no bytes")
     body = data[:-4]
     if zlib.crc32(body) != int.from_bytes(data[-4:], "big"):
         raise DamagedView("a stored value fails its checksum")

@@ -51,7 +51,7 @@ _GET = "SELECT id, state FROM wanted JOIN trials ON id = column1"
 _BY_ID = "SELECT id FROM trials WHERE id = :text"
 _BY_NAME = "SELECT id FROM trials WHERE name = :text ORDER BY created_ns, id"
 _BY_PREFIX = "SELECT id FROM trials WHERE id >= :text AND id < :text || char(0x10ffff) ORDER BY id"
-_UNINDEXED = "SELECT 1 FROM trials NOT INDEXED WHERE id = ?1 OR name = ?1"
+_UNINDEXED = "SELECT 1 FROM trials NOT INDEXED WHERE id = :text OR name = :text"
 _DESCRIBE = "SELECT id, project, grp, name FROM wanted JOIN trials ON id = column1"
 _NEWEST = "SELECT id FROM trials ORDER BY created_ns DESC, id DESC LIMIT 1"
 _NEWEST_NAMES = "SELECT name FROM trials ORDER BY created_ns DESC, id DESC LIMIT ?"
@@ -117,23 +117,23 @@ def _by_time(
     views: Views, choice: Choice, descending: bool, limit: int | None, offset: int, fresh: bool
 ) -> Iterator[list[TrialState]]:
     left, size = limit, FIRST_PAGE
-    created, place = True, ("", 0)  # the trial before the page
+    created, before = True, None  # the trial before the page
     while left is None or left > 0:
         size = size if left is None else min(size, left)
-        job = partial(_page, views, choice, descending, created, place, size, offset)
-        rows, found = views.read(job, fresh=fresh)
+        found = views.read(
+            partial(_page, views, choice, descending, created, before, size, offset), fresh=fresh
+        )
         fresh = False
         if found:
             yield found
-        if rows:
-            left = None if left is None else left - rows
-            place, offset = (found[-1].id, found[-1].created_ns or 0), 0
-        if rows < size:
+            left = None if left is None else left - len(found)
+            before, offset = found[-1], 0
+        if len(found) < size:
             if not created:
                 return
             if offset:
                 offset = max(offset - views.read(partial(_count, choice), fresh=False), 0)
-            created, place = False, ("", 0)
+            created, before = False, None
         size = PAGE
 
 
@@ -142,26 +142,32 @@ def _page(
     choice: Choice,
     descending: bool,
     created: bool,
-    place: tuple[str, int],
+    before: TrialState | None,
     size: int,
     offset: int,
     db: sqlite3.Connection,
-) -> tuple[int, list[TrialState]]:
-    """Read a page: how many rows, and the states."""
-    more = (_BEFORE if descending else _AFTER) if created and place[0] else ""
+) -> list[TrialState]:
+    """Read a page. Raises DamagedView."""
+    bound = {**choice.bound(), "limit": size, "offset": offset, "id": ""}
+    more = ""
+    if before is not None:
+        bound.update(id=before.id, created_ns=before.created_ns)
+        more = (_BEFORE if descending else _AFTER) if created else ""
     query = _LIST if created else _LIST_UNCREATED
     statement = query.format(conditions=choice.sql(more), order="DESC" if descending else "ASC")
-    bound = {**choice.bound(), "id": place[0], "created_ns": place[1], "limit": size, "offset": offset}
-    rows = db.execute(statement, bound).fetchall()
-    pace, states, any_trial = views.pace(), [], choice == ANY_TRIAL
-    for trial, data in rows:
+    pace, any_trial = views.pace(), choice == ANY_TRIAL
+    states: list[TrialState] = []
+    for trial, data in db.execute(statement, bound).fetchall():
         state = read_state(data)
         # The columns that were asked have no checksum of their own.
         if state.id != trial or not (any_trial or choice.holds(state)):
             raise DamagedView(f"the columns of trial {trial!r} contradict its state")
         states.append(state)
         pace.breathe()
-    return len(rows), states
+    keys = [(state.created_ns, state.id) for state in states if state.created_ns is not None]
+    if created and (len(keys) < len(states) or keys != sorted(keys, reverse=descending)):
+        raise DamagedView("an index of the views is not in order")
+    return states
 
 
 def _count(choice: Choice, db: sqlite3.Connection) -> int:
@@ -319,7 +325,7 @@ def resolve(db: sqlite3.Connection, text: str) -> str:
             raise Ambiguous(
                 f"{text!r} is the {what} of several trials: {', '.join(shown)}{more}; give the id"
             )
-    if db.execute(_UNINDEXED, (text,)).fetchone() is not None:
+    if db.execute(_UNINDEXED, {"text": text}).fetchone() is not None:
         raise DamagedView(f"an index of the views doesn't lead to trial {text!r}")
     raise NotFound(f"there is no trial {text!r}{_near(db, text)}; `eventrun ls` lists what there is")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun.codec import ChainChecker, StoredEvent
@@ -35,9 +35,6 @@ _SERIES = """
     SELECT series.number, count, open FROM series JOIN trials ON trial = trials.number
     WHERE id = ? AND series.name = ?
 """
-_METRICS = (
-    "SELECT series.name FROM series JOIN trials ON trial = trials.number WHERE id = ? ORDER BY series.number"
-)
 _CHUNKS = "SELECT points FROM chunks WHERE number >= ? AND number < ? ORDER BY number"
 _GROUPS = "SELECT DISTINCT project, grp FROM trials"
 _SUBJECTS = "SELECT subject FROM subjects"
@@ -84,7 +81,7 @@ class Reads:
         """Return the state of a trial by id, unique prefix, name or "@latest". Raises NotFound, Ambiguous."""
 
         def job(db: sqlite3.Connection) -> TrialState:
-            return read_state(db.execute(_STATE, (resolve(db, trial),)).fetchone()[0])
+            return _state(db, resolve(db, trial))
 
         return self.views.read(job, fresh=fresh)
 
@@ -116,7 +113,10 @@ class Reads:
             with reading(db):
                 row = db.execute(_SERIES, (trial, metric)).fetchone()
                 if row is None:
-                    raise self.no_metric(trial, metric, [name for (name,) in db.execute(_METRICS, (trial,))])
+                    state = _state(db, trial)
+                    if metric in state.metrics:
+                        raise DamagedView(f"the series of {metric!r} is not where it should be")
+                    raise self.no_metric(trial, metric, list(state.metrics))
                 return Series(trial, metric, _chunks(db, views.pace(), *row))
 
         return views.read(job, fresh=fresh)
@@ -133,19 +133,45 @@ class Reads:
         if isinstance(cursor, int):
             found = self.views.read(_groups, fresh=fresh)
             wanted = [pair for pair in found if pair[1] and project in (None, pair[0])]
-            cursor = _in_pages(
-                wanted, lambda pair: self.views.read(partial(_group, self.views, *pair), fresh=False)
-            )
+            cursor = _in_pages(self._group(*pair) for pair in wanted)
         return _page(cursor)
 
     def projects(self, cursor: Any = 0, *, fresh: bool = True) -> Page[ProjectState]:
         """List projects by name, each with a summary of its trials."""
         if isinstance(cursor, int):
             names = sorted({project for project, _ in self.views.read(_groups, fresh=fresh)})
-            cursor = _in_pages(
-                names, lambda name: self.views.read(partial(_project, self.views, name), fresh=False)
-            )
+            cursor = _in_pages(map(self._project, names))
         return _page(cursor)
+
+    def _group(self, project: str, group: str) -> GroupState | None:
+        own, trials = self._members(group_subject(project, group), project, group)
+        return group_state(own, project, group, trials) if own is not None or trials else None
+
+    def _project(self, project: str) -> ProjectState | None:
+        own, trials = self._members(project_subject(project), project, None)
+        return project_state(own, project, trials) if own is not None or trials else None
+
+    def _members(
+        self, subject: str, project: str, group: str | None
+    ) -> tuple[SubjectFold | None, list[TrialState]]:
+        """Return a subject's own fold, and its trials. The columns that lead there have no checksum of their own."""
+        pace, attempts = self.views.pace(), count()
+
+        def job(db: sqlite3.Connection) -> tuple[SubjectFold | None, list[TrialState]]:
+            trials = []
+            for (data,) in db.execute(_TRIALS_OF, {"project": project, "group": group}):
+                state = read_state(data)
+                if state.project != project or group not in (None, state.group):
+                    raise DamagedView(f"trial {state.id!r} is not of {subject!r}")
+                trials.append(state)
+                pace.breathe()
+            row = db.execute(_SUBJECT, (subject,)).fetchone()
+            # Once made anew, the views don't know the name: the name itself was damaged.
+            if row is None and not trials and next(attempts) == 0:
+                raise DamagedView(f"there is nothing of {subject!r}")
+            return None if row is None else decode_subject(subject, row[0]), trials
+
+        return self.views.read(job, fresh=False)
 
     # events --------------------------------------------------------------------------------------------------
 
@@ -179,9 +205,16 @@ class Reads:
 
 def small_pages(pace: Pace) -> Pace:
     """Read the log in pages small enough to show."""
-    """Make the pages of the log that are read small enough to show."""
     pace.page_bytes = EVENT_PAGE_BYTES
     return pace
+
+
+def _state(db: sqlite3.Connection, trial: str) -> TrialState:
+    row = db.execute(_STATE, (trial,)).fetchone()
+    state = None if row is None else read_state(row[0])
+    if state is None or state.id != trial:
+        raise DamagedView(f"an index of the views doesn't lead to trial {trial!r}")
+    return state
 
 
 def _page(pages: Iterator[list[T]]) -> Page[T]:
@@ -189,10 +222,11 @@ def _page(pages: Iterator[list[T]]) -> Page[T]:
     return ([], None) if items is None else (items, pages)
 
 
-def _in_pages(names: Iterable[Any], get: Any) -> Iterator[list[Any]]:
-    page: list[Any] = []
-    for name in names:
-        page.append(get(name))
+def _in_pages(found: Iterable[T | None]) -> Iterator[list[T]]:
+    page: list[T] = []
+    for item in found:
+        if item is not None:
+            page.append(item)
         if len(page) == GROUPS_PER_PAGE:
             yield page
             page = []
@@ -200,15 +234,17 @@ def _in_pages(names: Iterable[Any], get: Any) -> Iterator[list[Any]]:
         yield page
 
 
-def _chunks(db: sqlite3.Connection, pace: Pace, number: int, count: int, data: bytes | None) -> list[Chunk]:
+def _chunks(db: sqlite3.Connection, pace: Pace, number: Any, points: Any, data: bytes | None) -> list[Chunk]:
+    if not isinstance(number, int) or not isinstance(points, int):
+        raise DamagedView("the number or count of a series is no number")
     rows = db.execute(_CHUNKS, (chunk_number(number, 0), chunk_number(number + 1, 0))).fetchall()
     chunks = []
-    for (points,) in rows:
-        chunks.append(decode_chunk(points))
+    for (packed,) in rows:
+        chunks.append(decode_chunk(packed))
         pace.breathe()
-    if len(chunks) != count // CHUNK or any(chunk.count != CHUNK for chunk in chunks):
-        raise DamagedView(f"a series of {count} points has {len(chunks)} full chunks")
-    opened = open_of(count, data)
+    if len(chunks) != points // CHUNK or any(chunk.count != CHUNK for chunk in chunks):
+        raise DamagedView(f"a series of {points} points has {len(chunks)} full chunks")
+    opened = open_of(points, data)
     return chunks if opened is None else [*chunks, opened]
 
 
@@ -221,26 +257,3 @@ def _groups(db: sqlite3.Connection) -> list[tuple[str, str]]:
         kind, *names = split_subject(subject)
         found.add((names[0], names[1] if kind == "g" else ""))
     return sorted(found)
-
-
-def _group(views: Views, project: str, group: str, db: sqlite3.Connection) -> GroupState:
-    with reading(db):
-        own = _own(db, group_subject(project, group))
-        return group_state(own, project, group, _trials(views, db, project, group))
-
-
-def _project(views: Views, project: str, db: sqlite3.Connection) -> ProjectState:
-    with reading(db):
-        return project_state(_own(db, project_subject(project)), project, _trials(views, db, project, None))
-
-
-def _trials(views: Views, db: sqlite3.Connection, project: str, group: str | None) -> Iterator[TrialState]:
-    pace = views.pace()
-    for (data,) in db.execute(_TRIALS_OF, {"project": project, "grp": group}):
-        yield read_state(data)
-        pace.breathe()
-
-
-def _own(db: sqlite3.Connection, subject: str) -> SubjectFold | None:
-    row = db.execute(_SUBJECT, (subject,)).fetchone()
-    return None if row is None else decode_subject(subject, row[0])
