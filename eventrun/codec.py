@@ -15,6 +15,7 @@ import base64
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -221,8 +222,6 @@ def items_of(batch: Batch) -> list[Item]:
 
 def digest(batch: Batch) -> bytes:
     """Hash a batch's header, which holds the CRC of its payload: what the next batch has as `previous`."""
-    from hashlib import blake2b  # loads OpenSSL, which the log call needn't wait for
-
     size = int.from_bytes(batch.frame[:2], "big")
     return blake2b(batch.frame[2 : 2 + size], digest_size=DIGEST_BYTES).digest()
 

@@ -27,10 +27,17 @@ T = TypeVar("T")
 # Held while a thread of eventrun's imports what takes long. A fork waits for it: the child would have a half-imported
 # module, locked by a thread that it hasn't got, and would wait for ever where it needs that module.
 importing = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release
-    )
+_prepared: list[bool] = []
+
+
+def _prepare_for_forks() -> None:
+    # Not when this is imported: hooks that are registered later are called earlier, and what is imported may need what
+    # such a hook of another module locks (logging's).
+    if not _prepared and hasattr(os, "register_at_fork"):
+        _prepared.append(True)
+        os.register_at_fork(
+            before=importing.acquire, after_in_parent=importing.release, after_in_child=importing.release
+        )
 
 
 class Portal:
@@ -103,6 +110,7 @@ class Portal:
 
     def _running_loop(self) -> _Loop:
         if (loop := self._loop) is None:
+            _prepare_for_forks()
             made = _Loop()
             made.thread.start()
             loop = self._loop = self._loop or made

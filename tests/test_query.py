@@ -1,5 +1,6 @@
 """Reading: lists, single trials, series, events, and all of it as of a moment of the past."""
 
+import gc
 import math
 import random
 import sys
@@ -691,6 +692,8 @@ def test_a_past_moment_takes_in_what_comes_late(lab: Lab) -> None:
         lab.reader.at(time=time)
     assert lab.reader.at(time=15) is not past
     assert ids(past) == ["a", "late"]
+    del past
+    gc.collect()  # closes what it had opened again
 
 
 AN_HOUR = datetime(1970, 1, 1, 1, tzinfo=UTC)

@@ -11,6 +11,7 @@ and after a rebuild.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,7 @@ class Views:
         self.gentle = gentle
         self._every = snapshot_every if cut == EVERYTHING else NO_SNAPSHOTS
         self._db: sqlite3.Connection | None = None
+        self._forgotten: weakref.finalize[Any, Any] | None = None
         self._generation: Generation | None = None
         self._checker = ChainChecker()
         self._checked: tuple[Generation | None, int] | None = None  # what the checker has seen to the end
@@ -349,6 +351,8 @@ class Views:
     def abandon(self) -> sqlite3.Connection | None:
         """Give away the connection as it is: in a fork's child it must be neither used nor closed."""
         db, self._db, self._generation, self._checked = self._db, None, None, None
+        if self._forgotten is not None:
+            self._forgotten.detach()
         return db
 
     def _open(self) -> sqlite3.Connection:
@@ -357,6 +361,9 @@ class Views:
         if place is None:
             if self._db is None:
                 self._db = in_memory()
+                # A moment of the past is nobody's to close once it is forgotten.
+                self._forgotten = weakref.finalize(self, self._db.close)
+                self._forgotten.atexit = False
             return self._db
         named = place.current()
         if self._db is not None and self._generation == named:

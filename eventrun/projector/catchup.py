@@ -135,7 +135,6 @@ class Folding:
     def snapshot(self, position: int) -> None:
         """Keep the folds of trials with news since the snapshot before, as they are at `position`."""
         self.write()
-        when = {"position": position, "every": self._every, "worth": SNAPSHOT_WORTH}
         bound = {"position": position, "every": self._every, "worth": SNAPSHOT_WORTH, "only": self._only}
         self._db.execute(_SNAPSHOT, bound)
 

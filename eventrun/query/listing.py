@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -346,5 +345,7 @@ def _near(db: sqlite3.Connection, text: str) -> str:
 
 def suggestion(text: str, known: Sequence[str]) -> str:
     """Say which known names are near, if any."""
+    from difflib import get_close_matches  # 3 ms that only an error shall pay
+
     near = get_close_matches(text, known, NEAR)
     return f"; near: {', '.join(map(repr, near))}" if near else ""

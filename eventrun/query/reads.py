@@ -159,7 +159,7 @@ class Reads:
 
         def job(db: sqlite3.Connection) -> tuple[SubjectFold | None, list[TrialState]]:
             trials = []
-            for (data,) in db.execute(_TRIALS_OF, {"project": project, "group": group}):
+            for (data,) in db.execute(_TRIALS_OF, {"project": project, "grp": group}):
                 state = read_state(data)
                 if state.project != project or group not in (None, state.group):
                     raise DamagedView(f"trial {state.id!r} is not of {subject!r}")

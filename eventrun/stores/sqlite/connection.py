@@ -1,15 +1,21 @@
-"""A connection that is opened anew after a failure, a thread that it runs on, and what SQLite's errors mean."""
+"""A connection that is opened anew after a failure, a thread that it runs on, and what SQLite's errors mean.
+
+A fork is waited for: see `_close_before_fork`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import clock
 from eventrun.errors import FormatTooNew, LogDamaged, StoreError, StoreUnavailable
+from eventrun.portal import importing
 from eventrun.stores.sqlite.batches import FORMAT
 
 if TYPE_CHECKING:  # imported on first use: together they take 40 ms
@@ -23,6 +29,7 @@ BUSY_S = 10.0  # how long to wait while another process holds the log
 WAL_BYTES = (
     64 << 20
 )  # of the write-ahead file, beyond which an append checkpoints if nobody has called settle()
+FORK_WAIT_S = 10.0  # how long a fork waits for jobs that are under way
 CACHE_BYTES = 16 << 20  # with 1,000 streams a commit touches 1,000 index pages
 
 # As few as can be: beside a busy thread each may take 10 ms.
@@ -55,27 +62,37 @@ class Log:
         self._create = create
         self._raw: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
+        self.lock = threading.Lock()  # held by the job, and by a fork
+        _logs.add(self)
 
     def run(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Do a job. Raises StoreError for what SQLite raises."""
-        import sqlite3
+        with importing:
+            import sqlite3
 
-        try:
-            if self._raw is None:
-                self._raw = self._open()
-            return job(self._raw)
-        except sqlite3.Error as error:
-            if _code(error) != sqlite3.SQLITE_BUSY:
+        _prepare_for_forks()
+        with self.lock:
+            if self.file in _cut:
+                raise StoreUnavailable(
+                    f"{self.file} can't be used by this process: it was forked in the middle of a job that took long; "
+                    "what it records is kept in its journal, and the next open of the store takes it in"
+                )
+            try:
+                if self._raw is None:
+                    self._raw = self._open()
+                return job(self._raw)
+            except sqlite3.Error as error:
+                if _code(error) != sqlite3.SQLITE_BUSY:
+                    self.close()
+                raise store_error(error, self.file) from error
+            except (
+                OverflowError,
+                UnicodeDecodeError,
+            ) as error:  # a flipped bit in a number, in the schema's text
                 self.close()
-            raise store_error(error, self.file) from error
-        except (
-            OverflowError,
-            UnicodeDecodeError,
-        ) as error:  # a flipped bit in a number, in the schema's text
-            self.close()
-            raise LogDamaged(
-                f"{self.file} is damaged: {error}; restore a backup", (str(self.file),)
-            ) from error
+                raise LogDamaged(
+                    f"{self.file} is damaged: {error}; restore a backup", (str(self.file),)
+                ) from error
 
     def connect(self) -> sqlite3.Connection:
         """Open the log."""
@@ -189,7 +206,14 @@ class Log:
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
     import sqlite3
 
-    return sqlite3.connect(f"{file.as_uri()}?mode={mode}", uri=True, timeout=BUSY_S, isolation_level=None)
+    # One thread at a time: the job's, or the one that forks.
+    return sqlite3.connect(
+        f"{file.as_uri()}?mode={mode}",
+        uri=True,
+        timeout=BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,
+    )
 
 
 def _use_wal(raw: sqlite3.Connection) -> None:
@@ -244,6 +268,47 @@ def store_error(error: sqlite3.Error, file: Path) -> StoreError:
     return StoreUnavailable(f"{file}: {advice}: {text}")
 
 
+# SQLite remembers per process, by the file's inode, which locks the process holds. A fork's child inherits that memory
+# and not the locks. So a connection that it opened itself would lock nothing as long as the parent's were open at the
+# fork: the parent, or anybody, could take itself for the last one, delete the write-ahead file at its close, and with it
+# what the child had committed since (tried: a lost commit that had been acknowledged). Nor could the child ever
+# write if the parent was just writing. Hence all connections are closed around a fork, and opened anew by the next job.
+_logs: weakref.WeakSet[Log] = weakref.WeakSet()
+_held: list[Log] = []  # during a fork
+_cut: set[Path] = set()  # of this process: its parent was in the middle of a job that didn't end in time
+_prepared: list[bool] = []
+
+
+def _prepare_for_forks() -> None:
+    # Not when this is imported: hooks that are registered later are called earlier, and a job may need what such a hook
+    # of another module locks (logging's).
+    if not _prepared and hasattr(os, "register_at_fork"):
+        _prepared.append(True)
+        os.register_at_fork(before=_close_before_fork, after_in_parent=_go_on, after_in_child=_go_on_in_child)
+
+
+def _close_before_fork() -> None:
+    deadline = clock.monotonic_ns() + FORK_WAIT_S * 1e9
+    for log in tuple(_logs):
+        if log.lock.acquire(timeout=max(0.0, (deadline - clock.monotonic_ns()) / 1e9)):
+            _held.append(log)
+            log.close()
+
+
+def _go_on() -> None:
+    while _held:
+        _held.pop().lock.release()
+
+
+def _go_on_in_child() -> None:
+    for log in tuple(_logs):
+        if log not in _held:
+            log.lock = threading.Lock()
+            _inherited.append(log.abandon())
+            _cut.add(log.file)
+    _go_on()
+
+
 class Courier:
     """Carries jobs to a log on a thread of its own, one after another, and their answers back.
 
@@ -269,9 +334,11 @@ class Courier:
 
     async def _open(self) -> aiosqlite.Connection:
         import asyncio
-        import logging
 
-        import aiosqlite
+        with importing:
+            import logging
+
+            import aiosqlite
 
         logger = logging.getLogger("aiosqlite")
         if logger.level == logging.NOTSET:
