@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import exits
 from eventrun.clock import monotonic_ns
-from eventrun.codec import Batch, Stream
+from eventrun.codec import Batch, Stream, checked_text
 from eventrun.config import Settings, load_settings
-from eventrun.errors import Closed, InvalidValue, NotFound
+from eventrun.errors import Closed, InvalidType, InvalidValue, NotFound, StoreError
 from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal
@@ -70,10 +70,10 @@ class Client:
             forked=self._forked,
         )
         self._readers: Reader | None = None
-        self._trials: dict[str, Trial] = {}  # handles whose end is this client's business
+        self._trials: dict[int, Trial] = {}  # handles whose end is this client's business, by id()
+        self._resumed: list[str] = []  # ids that were to be there already
         self._made: list[str] = []  # for the closing block
         self._known: set[str] = set()  # projects and groups that were recorded
-        self._unknown: list[str] = []  # resumed ids that turned out not to exist
         self._looked_ns = 0
         self._closed = False
 
@@ -113,8 +113,11 @@ class Client:
         for event in events if resume is None else events[1:]:
             recording.record(event)
         exits.watch(self)
-        self._trials[trial_id] = trial
-        self._made.append(trial_id)
+        self._trials[id(trial)] = trial
+        if resume is None:
+            self._made.append(trial_id)
+        else:
+            self._resumed.append(trial_id)
         return trial
 
     def _create_places(self, project: str, group: str) -> None:
@@ -130,17 +133,18 @@ class Client:
         """In a fork's child: the parent's trials are the parent's to end, its connections not to be touched."""
         self._trials.clear()
         self._made.clear()
+        self._resumed.clear()
         reader, self._readers = self._readers, None
         exits.watch(self)
         return None if reader is None else (reader, reader.abandon())
 
     def trial_started(self, trial: Trial) -> None:
         """A trial tells that it runs."""
-        self._trials[trial.id] = trial
+        self._trials[id(trial)] = trial
 
     def trial_finished(self, trial: Trial) -> None:
         """A trial tells that it ended: its journal may go once the log holds everything."""
-        self._trials.pop(trial.id, None)
+        self._trials.pop(id(trial), None)
         self._recorder.end(self._recorder.stream(trial_subject(trial.id)))
 
     def check_trial(self, trial: Trial) -> Pending[None]:
@@ -182,6 +186,7 @@ class Client:
             "project": project, "group": group, "status": status, "tag": tag, "name": name,
             "order_by": order_by, "limit": limit,
         }  # fmt: skip
+        _check_choice({**chosen, "offset": offset})
         return self._pages(
             fresh, lambda cursor: self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen), 0
         )
@@ -202,6 +207,7 @@ class Client:
     ) -> Pending[Series]:
         """Ask for all points of one metric, or at most about `points` that keep extremes and ends. Raises NotFound."""
         key = _key(trial)
+        _check_choice({"metric": metric, "points": points})
         return self._ask(
             fresh, lambda: self._reader().history(key, metric, points=points, between=between, fresh=fresh)
         )
@@ -220,6 +226,7 @@ class Client:
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None, fresh: bool = True
     ) -> Query[StoredEvent]:
         """Ask for the events of the log beyond position `after`, in order; of one trial, or all."""
+        _check_choice({"after": after, "limit": limit})
         key = None if trial is None else _key(trial)
         return self._pages(fresh, lambda cursor: self._reader().events(cursor, trial=key, limit=limit), after)
 
@@ -228,6 +235,7 @@ class Client:
     ) -> Query[StoredEvent]:
         """Follow the log: events beyond `after` (None: from now on), for ever, as they become durable."""
         key = None if trial is None else _key(trial)
+        _check_choice({"after": after})
         start = -1 if after is None else after
         return Query(
             lambda cursor: self._ask(True, lambda: self._reader().tail(cursor, trial=key)), start, poll_s
@@ -238,6 +246,9 @@ class Client:
 
         `time` is in nanoseconds since 1970, a datetime with a time zone, or ISO text.
         """
+        _check_choice({"position": position})
+        if (position is None) == (time is None):
+            raise InvalidValue("at() takes a position or a time, one of them")
         return Past(self, lambda: self._reader().at(position=position, time=time))
 
     def rebuild(self, trial: TrialLike = None) -> Pending[int]:
@@ -365,8 +376,7 @@ class Client:
     def interrupt(self, reason: str) -> None:
         """End all trials of this client as interrupted, at once and without waiting (a signal has come)."""
         for trial in tuple(self._trials.values()):
-            if not trial.resumed:
-                trial.interrupt(reason)
+            trial.interrupt(reason, self._recorder.writer)
 
     def close(self) -> None:
         """End what is unfinished, bring everything to the log and let go; at most `close_timeout_s`.
@@ -378,17 +388,39 @@ class Client:
             return
         self.interrupt("no finish")
         block = self._closing_block()
+        unknown = self._unknown()
         self._closed = True
         exits.forget(self)
+        safe = self._recorder.statistics().acknowledgement == "crash_safe"
         left = self._recorder.close().result() if not self._recorder.untouched else 0
-        self._end_reader()
-        self._portal.stop()
-        self._tell(left, block)
+        if left:
+            self._portal.forget()  # something hangs: its threads are daemons, and nobody waits for them
+        else:
+            if self._readers is not None:
+                self._portal.read(self._readers.close).result()
+            self._portal.stop()
+        self._tell(left, safe, unknown, block)
 
-    def _end_reader(self) -> None:
-        reader = self._readers
-        if reader is not None:
-            self._portal.read(reader.close).result()
+    def _unknown(self) -> list[str]:
+        """Find resumed ids of which the store knows nothing but what was recorded under them here."""
+        if not self._resumed:
+            return []
+
+        def look() -> list[str]:
+            self._recorder.flush().result(self.settings.close_timeout_s)
+            subjects = {trial_subject(trial_id): trial_id for trial_id in self._resumed}
+            found = {subject: self._read_log(subject=subject, limit_bytes=1 << 16) for subject in subjects}
+            writer = self._recorder.writer
+            return [
+                subjects[subject]
+                for subject, batches in found.items()
+                if all(stored.batch.header.writer == writer for stored in batches)
+            ]
+
+        try:
+            return self._portal.read(look).result(self.settings.close_timeout_s)
+        except (StoreError, TimeoutError, RuntimeError):  # then there is worse to tell
+            return []
 
     def _closing_block(self) -> str:
         stream = sys.stderr
@@ -402,14 +434,26 @@ class Client:
             return ""
         from eventrun.summary import closing_block
 
-        return closing_block(self, self._made, seconds=CLOSING_BLOCK_S)
+        try:
+            return closing_block(self, self._made, seconds=CLOSING_BLOCK_S)
+        except RuntimeError:  # at interpreter exit Python 3.12 starts no thread any more
+            return ""
 
-    def _tell(self, left: int, block: str) -> None:
+    def _tell(self, left: int, safe: bool, unknown: list[str], block: str) -> None:
         if left:
             why = self._recorder.last_error or "the store didn't answer in time"
+            journals = None if self.folder is None else self.folder / "journals"
+            if safe and journals is not None and journals.is_dir():
+                _say(
+                    f"eventrun: {left:,} events are not in the log yet ({why}); they are safe in {journals}, "
+                    "and the next open of the store takes them in"
+                )
+            else:
+                _say(f"eventrun: {left:,} events are LOST: {why}; no journal could be written either")
+        for trial_id in unknown:
             _say(
-                f"eventrun: {left:,} events are not in the log yet ({why}); they are safe in "
-                f"{self.folder or 'memory'}/journals, and the next open of the store takes them in"
+                f"eventrun: there was no trial {trial_id} in {self.url} to resume; what was logged is kept under this "
+                "id, without a name: is it the right store?"
             )
         if block:
             _say(block)
@@ -482,6 +526,7 @@ class Past:
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None
     ) -> Query[StoredEvent]:
         """Ask for events, as `Client.events`."""
+        _check_choice({"after": after, "limit": limit})
         key = None if trial is None else _key(trial)
         return self._client._pages(
             True, lambda cursor: self._at().events(cursor, trial=key, limit=limit), after
@@ -525,7 +570,8 @@ def current_trial() -> Trial | None:
     if url not in _default:
         _default[url] = open(url)
     client = _default[url]
-    return client._trials.get(named) or client.trial("joined", resume=named)
+    joined = next((trial for trial in tuple(client._trials.values()) if trial.id == named), None)
+    return joined or client.trial("joined", resume=named)
 
 
 def _say(text: str) -> None:
@@ -537,7 +583,26 @@ def _key(trial: TrialLike) -> str:
     key = trial if isinstance(trial, str) else getattr(trial, "id", None)
     if not isinstance(key, str):
         raise InvalidValue(f"{trial!r} is neither a trial nor a trial's id, name, prefix or '@latest'")
-    return key
+    return checked_text(key, "the trial's name")
+
+
+_COUNTS = frozenset({"limit", "offset", "after", "points", "position"})
+
+
+def _check_choice(chosen: dict[str, Any]) -> None:
+    """Refuse at the call what SQL would stumble over: counts are ints from 0, all else is text; None is no choice."""
+    for name, value in chosen.items():
+        if value is None:
+            continue
+        if name in _COUNTS:
+            if type(value) is not int:
+                raise InvalidType(f"{name}={value!r} is no whole number")
+            if not 0 <= value < 1 << 62:
+                raise InvalidValue(f"{name}={value!r} is out of range: it is a number from 0 on")
+        elif not isinstance(value, str):
+            raise InvalidType(f"{name}={value!r} is {type(value).__qualname__}, not text")
+        else:
+            checked_text(value, name)
 
 
 def _checked_id(trial_id: Any) -> str:

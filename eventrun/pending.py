@@ -44,9 +44,12 @@ class Pending(Generic[T]):
         return self._wait().__await__()
 
     async def _wait(self) -> T:
+        await self._arrival()
+        return self._future.result()
+
+    async def _arrival(self) -> None:
         if not self._future.done():
             await _until_done(self._future)
-        return self._future.result()
 
 
 async def _until_done(future: Future[Any]) -> None:
@@ -120,7 +123,23 @@ class Query(Generic[T]):
 
     def first(self) -> Pending[T | None]:
         """Ask for the first item; None when there is none (yet)."""
-        return then(self._fetch(self._start), lambda page: page[0][0] if page[0] else None)
+        from concurrent.futures import Future
+
+        first: Future[T | None] = Future()
+
+        def look(future: Future[Page[T]]) -> None:
+            try:
+                items, cursor = future.result()
+                if not items and cursor is not None and self._poll_s is None:  # more pages come
+                    self._fetch(cursor)._future.add_done_callback(look)
+                else:
+                    first.set_result(items[0] if items else None)
+            except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
+                first.set_exception(error)
+
+        asked = self._fetch(self._start)
+        asked._future.add_done_callback(look)
+        return Pending(first, asked._on_worker)
 
 
 class _Walk(AsyncIterator[T]):
@@ -131,6 +150,7 @@ class _Walk(AsyncIterator[T]):
         self._cursor = cursor
         self._poll_s = poll_s
         self._items: Iterator[T] = iter(())
+        self._asked: Pending[Page[T]] | None = None
 
     async def __anext__(self) -> T:
         while True:
@@ -138,7 +158,12 @@ class _Walk(AsyncIterator[T]):
                 return item
             if self._cursor is None:
                 raise StopAsyncIteration
-            items, self._cursor = await self._fetch(self._cursor)
+            # A step that is cancelled here leaves its page to the next one: asked again, a cursor that is itself an
+            # iterator would give the page after it.
+            asked = self._asked = self._asked or self._fetch(self._cursor)
+            await asked._arrival()
+            self._asked = None
+            items, self._cursor = asked.result()
             self._items = iter(items)
             if not items and self._cursor is not None and self._poll_s is not None:
                 import anyio

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -90,7 +91,8 @@ class Portal:
         with self._lock:
             reader = self._running_reader()
             reader.put(job)
-        return Pending(future, lambda: threading.current_thread() is reader.thread)
+        # Not on the loop's thread either: what is read may need the loop.
+        return Pending(future, lambda: threading.current_thread() is reader.thread or self._on_loop())
 
     def stop(self) -> None:
         """End both threads. What the reader was asked for is done first, what still runs on the loop is cancelled."""
@@ -107,6 +109,10 @@ class Portal:
                 loop.put(None)
         if loop is not None:
             loop.thread.join()
+
+    def _on_loop(self) -> bool:
+        loop = self._loop
+        return loop is not None and threading.current_thread() is loop.thread
 
     def _running_loop(self) -> _Loop:
         if (loop := self._loop) is None:
@@ -170,20 +176,24 @@ class _Loop:
             if call is None:
                 asyncio.get_running_loop().stop()
                 return
-            future, function, arguments = call
-            task = asyncio.ensure_future(_answer(future, function(*arguments)))
+            task = asyncio.ensure_future(_answer(*call))
             self._tasks.add(task)  # a loop holds its tasks only weakly
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._ended, call[0]))
+
+    def _ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not future.done():  # cancelled, maybe before it began; whoever waits was not cancelled himself
+            future.set_exception(Closed("eventrun was closed before the answer came"))
 
 
-async def _answer(future: Future[T], coroutine: Coroutine[Any, Any, T]) -> None:
+async def _answer(
+    future: Future[T], function: Callable[..., Coroutine[Any, Any, T]], arguments: tuple[Any, ...]
+) -> None:
     import asyncio
 
     try:
-        result = await coroutine
+        result = await function(*arguments)
     except asyncio.CancelledError:
-        # Whoever waits was not cancelled himself.
-        future.set_exception(Closed("eventrun was closed before the answer came"))
         raise
     except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
         future.set_exception(error)

@@ -34,6 +34,7 @@ from eventrun.events import (
     TrialCreated,
     TrialFinished,
     TrialStarted,
+    WriterEnded,
 )
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Trial:
         self._started = False
         self._finished: tuple[str, int] | None = None  # the status and when
         self._plain_log = False  # started and not finished: `log` needn't look further
-        self._token: Token[Trial | None] | None = None
+        self._entered: list[tuple[int, Token[Trial | None]]] = []  # process and token of each `with` around
 
     def __repr__(self) -> str:
         return f"<Trial {self.id} {self.name!r} of {self.project!r}>"
@@ -134,7 +135,7 @@ class Trial:
                 if type(value) not in _SCALARS:
                     break
             else:
-                if named and type(step) in _STEPS:
+                if named and "" not in named and type(step) in _STEPS:
                     try:
                         # The bytes of MetricsLogged(named, step), whose other fields have their defaults.
                         self._recording.append(encode((time_ns(), (METRICS_TAG, named, step))))
@@ -240,12 +241,18 @@ class Trial:
             self._plain_log = False
         self._owner.trial_finished(self)
 
-    def interrupt(self, reason: str) -> None:
-        """End the trial as interrupted if it runs. Takes no lock: a signal handler may call it anywhere."""
+    def interrupt(self, reason: str, writer: int) -> None:
+        """Record that this writer goes without a finish. Takes no lock: a signal handler may call it anywhere.
+
+        The trial is interrupted then; one that was resumed only if nobody else runs it (it may be one rank of many).
+        """
         if self._started and self._finished is None:
             self._finished = ("interrupted", time_ns())
             self._plain_log = False
-            self._record(TrialFinished("interrupted", reason))
+            if self.resumed:
+                self._record(WriterEnded(writer, time_ns(), reason))
+            else:
+                self._record(TrialFinished("interrupted", reason))
 
     @property
     def finished(self) -> bool:
@@ -270,18 +277,22 @@ class Trial:
 
     def __enter__(self) -> Trial:
         self._begin()
-        self._token = _active.set(self)
+        self._entered.append((os.getpid(), _active.set(self)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._token is not None:
-            _active.reset(self._token)
-            self._token = None
-        if self._finished is None:
+        process, token = self._entered.pop()
+        # The outermost block ends the trial, in the process that entered it: a fork's child that leaves by an
+        # exception must not end what its parent still runs.
+        if self._finished is None and not self._entered and process == os.getpid():
             status = _status_of(error)
             self.finish(status, None if status == "completed" else error)
+        try:
+            _active.reset(token)
+        except ValueError:  # left in another context: a generator that another task closes
+            _active.set(None)
 
     async def __aenter__(self) -> Trial:
         return self.__enter__()
@@ -297,7 +308,10 @@ class Trial:
 
 
 class Chrono:
-    """A named timer of a trial; durations come from the monotonic clock."""
+    """A named timer of a trial; durations come from the monotonic clock.
+
+    Blocks of one chrono nest; threads and tasks that time the same name side by side take one each.
+    """
 
     def __init__(self, trial: Trial, name: str, aggregator: AggregatorChoice | None) -> None:
         self._trial = trial
@@ -417,7 +431,10 @@ def _error_text(error: BaseException | str | None) -> str | None:
         return None
     if isinstance(error, str):
         return checked_text(error, "the error")
-    text = str(error).encode("utf-8", "backslashreplace").decode()
+    try:
+        text = str(error).encode("utf-8", "backslashreplace").decode()
+    except Exception as failure:  # noqa: BLE001 - an error that can't say what it is must not hide behind this one
+        text = f"(its text could not be made: {type(failure).__name__})"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

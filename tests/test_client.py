@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,16 @@ def test_odd_names(client: Client, name: str) -> None:
         (lambda c: c.trial("p", params={"x": object()}), eventrun.InvalidType),
         (lambda c: c.trial("p", description=1), eventrun.InvalidType),
         (lambda c: c.get(3), eventrun.InvalidValue),
+        (lambda c: c.trials(limit=1.5), eventrun.InvalidType),
+        (lambda c: c.trials(offset=-1), eventrun.InvalidValue),
+        (lambda c: c.trials(project=3), eventrun.InvalidType),
+        (lambda c: c.events(after=-1), eventrun.InvalidValue),
+        (lambda c: c.tail(after=-1), eventrun.InvalidValue),
+        (lambda c: c.history("t", 3), eventrun.InvalidType),
+        (lambda c: c.get("\ud800"), eventrun.InvalidValue),
+        (lambda c: c.at(), eventrun.InvalidValue),
+        (lambda c: c.at(position=1, time=1), eventrun.InvalidValue),
+        (lambda c: c.at(position=1.5), eventrun.InvalidType),
     ],
 )
 def test_bad_arguments(client: Client, call: Callable[[Client], object], error: type[Exception]) -> None:
@@ -371,36 +382,58 @@ def test_sigterm(store: Path) -> None:
         assert (state.status, state.error) == ("interrupted", "SIGTERM")
 
 
-def test_twenty_kills_lose_nothing(store: Path) -> None:
-    """Twenty times SIGKILL in the middle of logging: every event whose call had returned is there, once, in order."""
-    code = """
-        client = eventrun.open(sys.argv[1], linger_ms=20)
-        trial = client.trial("p", name=sys.argv[2])
-        i = 0
-        while True:
-            trial.log(i=i, step=i)
-            i += 1
-            os.pwrite(1, i.to_bytes(8, "little"), 0)     # counted by the parent's file, after the call has returned
-    """
-    for kill in range(20):
-        count = store.parent / f"count-{kill}"
-        with count.open("wb") as file:
-            process = subprocess.Popen(script(code, store, f"n{kill}"), stdout=file)
-            while count.stat().st_size == 0:
-                time.sleep(0.005)
-            time.sleep(0.02 * (kill % 7))
-            process.kill()
-            process.wait()
+def test_a_resumed_trial_left_without_a_finish(store: Path) -> None:
+    """A client that resumed a trial and closes without finishing it leaves it interrupted, unless another runs it."""
     with eventrun.open(store) as client:
-        assert client.verify().result().ok
-        for kill in range(20):
-            returned = int.from_bytes((store.parent / f"count-{kill}").read_bytes()[:8], "little")
-            state = client.get(f"n{kill}").result()
-            found = values(client, state.id, "i")
-            assert found == list(range(len(found)))
-            assert len(found) in (returned, returned + 1)  # the last call may have returned uncounted
-            assert state.status == "lost"
-    assert not any((store / "journals").iterdir())
+        with client.trial("p") as trial:
+            trial.log(loss=1.0)
+        with client.trial("p") as shared:
+            shared.log(loss=1.0)
+            client.flush().result()
+            with eventrun.open(store) as other:
+                other.trial("p", resume=trial.id).log(loss=2.0)
+                other.trial("p", resume=shared.id).log(loss=2.0)
+            assert client.get(trial).result().status == "interrupted"
+            assert client.get(shared).result().status == "running"
+
+
+def test_an_unknown_id_is_told_at_close(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Closing a client that resumed an id unknown to the store says so; a known one isn't mentioned."""
+    with eventrun.open(store) as client, client.trial("p") as trial:
+        trial.log(loss=1.0)
+    with eventrun.open(store) as client:
+        client.trial("p", resume=trial.id).log(loss=2.0)
+        client.trial("p", resume="0" * 16).log(loss=2.0)
+    said = capfd.readouterr().err
+    assert "no trial 0000000000000000" in said
+    assert trial.id not in said
+
+
+def test_what_is_lost_is_not_called_safe(store: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """When the store vanishes under a client, close says that events are lost, not that they are safe."""
+    client = eventrun.open(store, close_timeout_s=0.5)
+    client.trial("p").log(loss=1.0)
+    client.flush().result()
+    shutil.rmtree(store)
+    client.trial("p").log(loss=2.0)
+    client.close()
+    assert "are LOST" in capfd.readouterr().err
+
+
+def test_a_child_does_not_end_its_parents_trial(store: Path) -> None:
+    """A forked child that leaves the block by an exception doesn't finish the trial of its parent."""
+    run(
+        """
+        with eventrun.open(sys.argv[1], quiet=True) as client, client.trial("p", name="n") as trial:
+            trial.log(rank=0)
+            child = os.fork()
+            if child == 0:
+                raise SystemExit(0)
+            os.waitpid(child, 0)
+            assert client.get(trial).result().status == "running"
+        """,
+        store,
+    )
 
 
 def test_eight_processes_on_one_store(store: Path) -> None:

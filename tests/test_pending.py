@@ -159,16 +159,22 @@ def test_result_on_the_own_threads(portal: Portal, gate: threading.Event) -> Non
     async def wait_on_the_loop(ask: Callable[[], Pending[Any]]) -> Any:
         return wait(ask)
 
-    asks = {"call": lambda: portal.call(double, 21), "read": lambda: portal.read(gate.wait)}
-    for what in ("call", "read"):  # whoever reads may need the loop
-        with pytest.raises(RuntimeError, match="own thread"):
-            portal.call(wait_on_the_loop, asks[what]).result(LONG)
-    with pytest.raises(RuntimeError, match="own thread"):
-        portal.read(wait, asks["read"]).result(LONG)
-    with pytest.raises(RuntimeError, match="own thread"):
-        portal.read(wait, lambda: then(portal.read(int), str)).result(LONG)
-    assert portal.read(wait, asks["call"]).result(LONG) == 42
+    def call() -> Pending[int]:
+        return portal.call(double, 21)
+
+    def read() -> Pending[int]:
+        return portal.read(int, "7")
+
+    assert portal.read(wait, call).result(LONG) == 42
     assert portal.call(wait_on_the_loop, lambda: done).result(LONG) == 2
+    for ask in (read, lambda: then(read(), str)):
+        with pytest.raises(RuntimeError, match="own thread"):
+            portal.read(wait, ask).result(LONG)
+    with pytest.raises(RuntimeError, match="own thread"):
+        portal.call(wait_on_the_loop, call).result(LONG)
+    portal.read(gate.wait)
+    with pytest.raises(RuntimeError, match="own thread"):  # whoever reads may need the loop
+        portal.call(wait_on_the_loop, read).result(LONG)
 
 
 def test_await_on_the_own_loop(portal: Portal) -> None:

@@ -124,9 +124,7 @@ def test_from_many_threads(portal: Portal) -> None:
                 number,
             ):
                 wrong.append(number)
-        threads.update(
-            (portal.call(here).result(LONG), portal.read(threading.current_thread).result(LONG))
-        )
+        threads.update((portal.call(here).result(LONG), portal.read(threading.current_thread).result(LONG)))
 
     askers = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
     for asker in askers:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -493,6 +494,23 @@ def test_everybody_goes_over_to_a_new_generation(lab: Lab, folder: Path) -> None
     other.close()
 
 
+def test_a_rebuild_that_fails_leaves_the_old_views(lab: Lab, folder: Path) -> None:
+    """What it has begun is pointed to by nobody."""
+    fill(lab)
+    views = Views(folder, lab.log)
+    views.catch_up()
+    pointer = (folder / "views").read_text()
+    views.log = tampered(lab, DAMAGES["a flipped bit"][0])
+    with pytest.raises(LogDamaged):
+        views.rebuild()
+    assert (folder / "views").read_text() == pointer
+    views.log = lab.log
+    assert metrics_in(views, "one") == 50
+    views.rebuild()
+    assert (folder / "views").read_text() != pointer
+    views.close()
+
+
 def test_old_generations_go_when_nobody_has_them_open(lab: Lab, folder: Path) -> None:
     """The generation before the present one stays; older ones are removed at the next rebuild, unless in use."""
     fill(lab)
@@ -779,6 +797,33 @@ def test_verify_goes_past_what_the_store_cannot_read(lab: Lab, folder: Path) -> 
     assert report.events > 70
 
 
+@given(st.sets(st.integers(1, 60), min_size=1), st.integers(61, 70))
+def test_verify_finds_its_way_past_nameless_damage(damaged: set[int], end: int) -> None:
+    """A store that says only that it can't read on: each unreadable stretch is named, and all the rest is checked."""
+    batches = [
+        StoredBatch(n, batch) for n, batch in enumerate(chain(ONE, [[item] for item in calls(0, end)]), 1)
+    ]
+
+    def read(after: int, *, subject: str | None = None, limit_bytes: int = 0) -> list[StoredBatch]:
+        if after + 1 in damaged:
+            raise LogDamaged("unreadable")
+        good = []
+        for stored in batches[after:]:
+            if stored.position in damaged:
+                break
+            good.append(stored)
+        return good
+
+    report = verify_log(Log(read, lambda: end), Pace(gentle=False))
+    named: set[int] = set()
+    for problem in report.problems:
+        if "unreadable" in problem:
+            first, last = re.findall(r"\d+", problem)[:2]
+            named.update(range(int(first), int(last) + 1))
+    assert named == damaged
+    assert report.events == end - len(damaged)
+
+
 # projections of the user's own ---------------------------------------------------------------------------------
 
 
@@ -808,7 +853,8 @@ def test_a_users_projection_is_kept_and_caught_up(lab: Lab, folder: Path) -> Non
         return count_apply(state, stored)
 
     views = Views(folder, lab.log, [kinds_by_trial(apply=apply)])
-    assert views.state("kinds", "one")["MetricsLogged"] == 50
+    with mock.patch("eventrun.projector.custom.STATES_HELD", 1):
+        assert views.state("kinds", "one")["MetricsLogged"] == 50
     assert views.keys("kinds") == ["one", "two"]
     assert views.state("kinds", "nobody") == {}
     assert applied == list(range(3, 111))

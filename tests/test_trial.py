@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -110,6 +111,7 @@ def test_item_is_asked(tape: Tape, trial: Trial) -> None:
         (lambda t: t.log({"a": {"b": {1, 2}}}), InvalidType, "a/b"),
         (lambda t: t.log({1: 2.0}), InvalidType, "1"),
         (lambda t: t.log({"": 2.0}), InvalidValue, "empty"),
+        (lambda t: t.log(**{"": 2.0}), InvalidValue, "empty"),
         (lambda t: t.log([1.0]), InvalidType, "mapping"),
         (lambda t: t.log(x=1.0, step="three"), InvalidType, "step"),
         (lambda t: t.log(x=1.0, step=True), InvalidType, "step"),
@@ -221,6 +223,42 @@ def test_an_exception_is_recorded_and_goes_on(
     assert tape.events[-1] == TrialFinished(status, text)
 
 
+def test_only_the_outermost_block_ends_the_trial(tape: Tape, trial: Trial) -> None:
+    """A trial may be entered again inside its own block; it ends with the outermost."""
+    with trial:
+        with trial:
+            pass
+        assert not trial.finished
+        assert active_trial() is trial
+    assert trial.finished
+    assert active_trial() is None
+
+
+def test_a_block_left_in_another_context_ends_its_trial(tape: Tape, trial: Trial) -> None:
+    """A generator that another context closes ends its trial all the same, without an error."""
+
+    def steps() -> Iterator[int]:
+        with trial:
+            yield 1
+
+    generator = steps()
+    copy_context().run(next, generator)
+    generator.close()
+    assert tape.events[-1] == TrialFinished("interrupted", "GeneratorExit")
+
+
+def test_an_error_that_has_no_text(tape: Tape, trial: Trial) -> None:
+    """An exception whose text can't be made is recorded by its name, and goes on its way."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("mute")
+
+    with pytest.raises(Mute), trial:
+        raise Mute
+    assert tape.events[-1] == TrialFinished("failed", "Mute: (its text could not be made: RuntimeError)")
+
+
 async def test_async_blocks(tape: Tape, trial: Trial) -> None:
     """Trial and chrono serve `async with` in the same way."""
     async with trial, trial.chrono("epoch"):
@@ -251,11 +289,11 @@ def test_logging_after_finish_is_late(tape: Tape, trial: Trial) -> None:
 
 def test_interrupt_ends_only_what_runs(tape: Tape, trial: Trial) -> None:
     """Interrupting records interrupted once, for a trial that runs; not for one never begun or ended already."""
-    trial.interrupt("SIGTERM")
+    trial.interrupt("SIGTERM", 1)
     assert tape.events == []
     trial.start()
-    trial.interrupt("SIGTERM")
-    trial.interrupt("again")
+    trial.interrupt("SIGTERM", 1)
+    trial.interrupt("again", 1)
     assert tape.events == [TrialStarted(), TrialFinished("interrupted", "SIGTERM")]
 
 

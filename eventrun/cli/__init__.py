@@ -20,6 +20,8 @@ INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + the signal's number, as a shell sho
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (without the program's name) and return the exit code."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the shell: `eventrun ls >&-`
+        return 1
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a name in Chinese must not stop a listing in ASCII
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python would flush stdout once more at exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"the output can't be written: {error.strerror or error}\n")
+        return 1
     return code
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, TextIO
 from eventrun.cli import terminal
 from eventrun.cli.opening import opened, reading
 from eventrun.cli.verbs import TRIAL_HELP, Command
-from eventrun.errors import EventrunError, InvalidValue
+from eventrun.errors import EventrunError, InvalidValue, LogDamaged
 from eventrun.formats.events_jsonl import export_events, import_events
 from eventrun.formats.metrics import FORMATS, export_metrics
 from eventrun.summary import amount, near
@@ -56,20 +56,29 @@ def export(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _output(name: str | None) -> Iterator[TextIO]:
-    """Open what to write to; a file gets its name only when all is in it."""
+    """Open what to write to; a file gets its name only when all is in it, or as `.part` what could be written."""
     if name is None or name == "-":
         yield terminal.data()
         return
-    part = f"{name}.part"
+    path = os.path.realpath(name)  # a link stays a link
+    whole = not os.path.exists(path) or os.path.isfile(path)  # a device or a pipe is written to as it is
+    part = f"{path}.part" if whole else path
     try:
         with open(part, "w", encoding="utf-8", newline="") as out:
             yield out
-        os.replace(part, name)
+        if whole:
+            os.replace(part, path)
+    except LogDamaged:
+        if whole:
+            terminal.say(f"what comes before the damage is in {near(part)}")
+        raise
     except OSError as error:
-        _remove(part)
+        if whole:
+            _remove(part)
         raise EventrunError(f"{name} can't be written: {error.strerror or error}") from error
     except BaseException:
-        _remove(part)
+        if whole:
+            _remove(part)
         raise
 
 

@@ -7,7 +7,8 @@ the trial's last start, by whomever, counts no more, so a resumed trial runs aga
    completed, else as the last of them said. (When one rank fails, the others are interrupted a moment later; and a
    rank that merely left without a finish doesn't undo the finish of another.)
 2. Else it is lost, if a writer that had recorded in it ended without a finish, nobody has said anything since, and
-   no writer that began to run is left. A writer that records after its end was noticed has not ended.
+   no writer that began to run is left. A writer that records after its end was noticed has not ended. If all of them
+   ended by their own account (a resumed trial whose client closed), it is interrupted.
 3. Else it is as the last statement said.
 
 "Last" is by (time_ns, writer, sequence), so the order in which the writers' batches arrive doesn't matter.
@@ -134,7 +135,8 @@ def judge(writers: dict[int, Writer]) -> Verdict:
     gone = [w for w in writers.values() if w.ended and not w.finished]
     runs = any(w.begun_ns is not None and not w.ended and not w.finished for w in writers.values())
     if gone and not runs and max(w.ended_ns or 0 for w in gone) >= time_ns:
-        return Verdict(LOST, now.raw, error or _why(gone), None)
+        view = LOST if any(w.ended_why == LOST for w in gone) else INTERRUPTED
+        return Verdict(view, now.raw, error or _why(gone), None)
     return Verdict(now.view, now.raw, error, None)
 
 

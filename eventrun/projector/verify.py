@@ -113,15 +113,11 @@ class _Verifier:
         if named and int(named[2]) > after:
             self._problems.append(str(error))
             return int(named[2])
-        step = 1
-        while after + step < self._end and not self._readable(after + step):
-            step *= 2
-        low, high = after + step // 2, min(after + step, self._end)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._readable(middle) else (middle, high)
-        self._problems.append(f"positions {after + 1}..{high}: {error}")
-        return high
+        last = after + 1
+        while last < self._end and not self._readable(last):
+            last += 1
+        self._problems.append(f"positions {after + 1}..{last}: {error}")
+        return last
 
     def _readable(self, after: int) -> bool:
         try:

@@ -270,8 +270,8 @@ def store_error(error: sqlite3.Error, file: Path) -> StoreError:
 
 # SQLite remembers per process, by the file's inode, which locks the process holds. A fork's child inherits that memory
 # and not the locks. So a connection that it opened itself would lock nothing as long as the parent's were open at the
-# fork: the parent, or anybody, could take itself for the last one, delete the write-ahead file at its close, and with it
-# what the child had committed since (tried: a lost commit that had been acknowledged). Nor could the child ever
+# fork: the parent, or anybody, could take itself for the last one, delete the write-ahead file at its close, and with
+# it what the child had committed since (tried: a lost commit that had been acknowledged). Nor could the child ever
 # write if the parent was just writing. Hence all connections are closed around a fork, and opened anew by the next job.
 _logs: weakref.WeakSet[Log] = weakref.WeakSet()
 _held: list[Log] = []  # during a fork
@@ -328,7 +328,11 @@ class Courier:
         if self._opening is None:
             self._process = os.getpid()
             self._opening = asyncio.ensure_future(self._open())
-        connection = await asyncio.shield(self._opening)
+        try:
+            connection = await asyncio.shield(self._opening)
+        except RuntimeError:
+            # At interpreter exit Python 3.12 starts no thread any more. Nothing else goes on then: done right here.
+            return self.log.run(job)
         # A closure, since aiosqlite logs the call at level DEBUG with all its arguments.
         return await _on_thread(connection, lambda: self.log.run(job))
 
@@ -359,7 +363,9 @@ class Courier:
         """Close the connection after the jobs that wait, and end the thread."""
         self._leave_to_parent()
         opening, self._opening = self._opening, None
-        if opening is not None:
+        if opening is None:
+            self.log.close()
+        else:
             connection = await opening
             await _on_thread(connection, self.log.close)
             await connection.close()
