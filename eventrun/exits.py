@@ -38,9 +38,9 @@ def watch(client: Endable) -> None:
     if not _watching:
         _watching = True
         atexit.register(_close_all)
-        _handle_sigterm()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=_before_fork)
+    _handle_sigterm()  # each time: the first one may have come from another thread than the main one
     multiprocessing = sys.modules.get("multiprocessing.process")
     if multiprocessing is not None and multiprocessing.parent_process() is not None:
         _close_with_process(client)

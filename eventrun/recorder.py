@@ -132,11 +132,11 @@ class Recorder:
         self._journals = None if folder is None else folder / "journals"
         self._mapped = folder is not None and can_map(folder)
         self._recordings: dict[str, Recording] = {}  # kept for good: a stream must go on where it ended
+        self._store: Store | None = open_store()
         self._begin()
         _recorders.add(self)
 
     def _begin(self) -> None:
-        self._store: Store | None = None
         self.writer = int.from_bytes(os.urandom(8), "big") or 1
         # Reentrant: a finalizer that logs may open a stream while this thread opens one.
         self._lock = threading.RLock()
@@ -146,6 +146,7 @@ class Recorder:
         self._flusher: Pending[None] | None = None
         self._closed = False
         self._closing: Pending[int] | None = None
+        self._left = 0  # events that the close left in the journal
         self._cycle_lock: asyncio.Lock | None = None
         self._settling: asyncio.Task[bool] | None = None
         self._sealed: list[_Sealed] = []  # handed to the store, no answer yet
@@ -158,7 +159,7 @@ class Recorder:
 
     @property
     def store(self) -> Store:
-        """The store, opened on first use."""
+        """The store; in a fork's child opened on first use."""
         if self._store is None:
             self._store = self._open_store()
         return self._store
@@ -231,8 +232,8 @@ class Recorder:
         while not self._closed:
             await asyncio.sleep(pause)
             try:
-                # What fills a batch needn't wait for more.
-                pause = 0 if await self._cycle() >= BATCH_BYTES else linger
+                # A full batch needn't wait for more. (Many small ones had better: each costs the interpreter 40 us.)
+                pause = 0 if await self._cycle() else linger
             except Exception as error:  # noqa: BLE001 - the one place: events stay in the journal, to be tried again
                 self._note_failure(error)
                 pause = min(max(pause * 2, RETRY_MIN_S), RETRY_MAX_S)
@@ -241,22 +242,24 @@ class Recorder:
         self._counts["failed_commits"] += 1
         self._last_error = str(error) or repr(error)
 
-    async def _cycle(self) -> int:
-        """Append what is new, at most about COMMIT_BYTES; tell how many bytes that was."""
+    async def _cycle(self) -> bool:
+        """Append what is new, at most about COMMIT_BYTES; tell whether more may wait: a batch, or all, was full."""
         import asyncio
 
         self._cycle_lock = self._cycle_lock or asyncio.Lock()
         async with self._cycle_lock:
+            if self._left:  # whoever opens the store next may be taking it in
+                return 0
             # A batch whose append failed may be in the log all the same, so it is sent again as it was.
             self._sealed = self._sealed or self._seal()
-            moved = sum(len(each.chunk.payload) for each in self._sealed)
+            sizes = [len(each.chunk.payload) for each in self._sealed]
             if self._sealed:
                 await self._append_sealed()
             for _, journal in self._open_journals():
                 journal.prepare()
         if self._unsettled_bytes >= self._settle_at or (self._unsettled_bytes and self._wants_release()):
             self._begin_settling()
-        return moved
+        return max(sizes, default=0) * 2 >= BATCH_BYTES or sum(sizes) * 2 >= COMMIT_BYTES
 
     def _begin_settling(self) -> asyncio.Task[bool]:
         # Beside the appends: a reader may hinder it for seconds.
@@ -383,7 +386,7 @@ class Recorder:
             done = False
             self._last_error = str(error) or "the store didn't answer in time"
         self._shut()
-        left = sum(recording.recorded - recording.durable for recording in tuple(self._recordings.values()))
+        left = self._left = sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
         if done and not left:
             self._folder.remove()
         else:
@@ -476,6 +479,7 @@ class Recorder:
         for recording in self._recordings.values():
             recording.renew()
         closed = self._closed
+        self._store = None
         self._begin()
         self._closed = closed
 
