@@ -249,7 +249,7 @@ class Recorder:
         self._cycle_lock = self._cycle_lock or asyncio.Lock()
         async with self._cycle_lock:
             if self._left:  # whoever opens the store next may be taking it in
-                return 0
+                return False
             # A batch whose append failed may be in the log all the same, so it is sent again as it was.
             self._sealed = self._sealed or self._seal()
             sizes = [len(each.chunk.payload) for each in self._sealed]

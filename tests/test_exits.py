@@ -1,4 +1,4 @@
-"""The end of the process: signals, exit, children of multiprocessing. What is lost without them test_client.py tells."""
+"""The end of the process: signals, exit, children of multiprocessing. See also test_client.py."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_ignored_stays_ignored(store: Path) -> None:
 
 
 def test_a_thread_installs_no_handler(store: Path) -> None:
-    """A client that another thread than the main one uses leaves SIGTERM alone; the main thread's next trial doesn't."""
+    """A client that is used by another thread than the main one leaves SIGTERM alone; the main thread's next trial not."""
     run(
         """
         def work():

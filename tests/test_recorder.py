@@ -218,15 +218,12 @@ def test_nothing_is_begun_before_it_is_needed(portal: Portal, folder: Path) -> N
         return opened[-1]
 
     recorder = Recorder(portal, open_, folder=folder)
-    assert recorder.idle
-    assert recorder.untouched
-    assert recorder.statistics().recorded == 0
+    assert (recorder.idle, recorder.untouched, recorder.statistics().recorded) == (True, True, 0)
     assert recorder.store is recorder.store
     assert (portal.started, left_behind(folder)) == (False, [])
     record(recorder, "t/a", 1)
-    assert not recorder.idle
     recorder.flush().result(LONG)
-    assert not recorder.untouched
+    assert (recorder.idle, recorder.untouched) == (False, False)
     assert recorder.close().result(LONG) == 0
     assert [recorder.store] == opened
 
@@ -252,7 +249,13 @@ def test_statistics_add_up(make: Make) -> None:
     assert (recorder.statistics().recorded, recorder.statistics().durable) == (31, 30)
     assert recorder.close().result(LONG) == 0
     closed = recorder.statistics()
-    assert (closed.recorded, closed.durable, closed.batches, closed.commits, closed.settled) == (31, 31, 4, 2, 1)
+    assert (closed.recorded, closed.durable, closed.batches, closed.commits, closed.settled) == (
+        31,
+        31,
+        4,
+        2,
+        1,
+    )
 
 
 def test_streams_commit_together(make: Make, logged: Logged) -> None:
@@ -300,11 +303,11 @@ def test_many_threads(make: Make, logged: Logged) -> None:
         thread.join()
     recorder.flush().result(LONG)
     found = {key.partition("@")[0]: events for key, events in logged(store).items()}
-    for thread in range(8):
-        assert found[f"t/{thread}"] == [note(n) for n in range(300)]
-        mine = {note(thread * 1000 + n).text for n in range(300)}
+    for number in range(8):
+        assert found[f"t/{number}"] == [note(n) for n in range(300)]
+        mine = {note(number * 1000 + n).text for n in range(300)}
         shared = [event for event in found["t/all"] if isinstance(event, NoteAdded) and event.text in mine]
-        assert shared == [note(thread * 1000 + n) for n in range(300)]
+        assert shared == [note(number * 1000 + n) for n in range(300)]
     assert len(found["t/all"]) == 8 * 300
 
 
@@ -358,14 +361,14 @@ def test_an_append_that_fails(
 def test_the_flusher_goes_on(make: Make, logged: Logged, error: Exception, lost: bool) -> None:
     """After any error of the store the flusher tries again by itself, and all gets there once."""
     store = Broken(MemoryStore(), lost=lost, error=error)
-    store.failures = 2
     recorder = make(store, linger_ms=1.0)
     record(recorder, "t/a", *range(10))
-    until(lambda: recorder.statistics().failed_commits == 1)
-    assert recorder.last_error == (str(error) or repr(error))
+    until(lambda: recorder.statistics().failed_commits >= 2)
+    assert recorder.statistics().last_error == (str(error) or repr(error))
     record(recorder, "t/a", *range(10, 20))
+    store.mend()
     until(lambda: recorder.statistics().durable == 20)
-    assert recorder.last_error is None
+    until(lambda: recorder.statistics().last_error is None)
     assert list(logged(store).values()) == [[note(n) for n in range(20)]]
 
 
@@ -457,7 +460,7 @@ def test_an_end_that_hangs(
 
 
 def test_after_close(folder: Path, make: Make, logged: Logged) -> None:
-    """After close() recording raises Closed, on streams old and new, and nothing of it is kept; closing again is one."""
+    """After close() recording raises Closed, on streams old and new, and nothing is kept; closing again is one."""
     store = MemoryStore()
     recorder = make(store)
     record(recorder, "t/a", 1)
@@ -476,16 +479,19 @@ def test_closing_while_others_record(make: Make, portal: Portal) -> None:
     inner = MemoryStore()
     recorder = make(inner, linger_ms=1.0)
     returned = [0] * 4
+    refused: list[int] = []
     began = threading.Barrier(5)
 
     def work(thread: int) -> None:
         record(recorder, f"t/{thread}", 0)
         returned[thread] = 1
         began.wait()
-        with pytest.raises(Closed):
+        try:
             while True:
                 record(recorder, f"t/{thread}", returned[thread])
                 returned[thread] += 1
+        except Closed:
+            refused.append(thread)
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -494,6 +500,7 @@ def test_closing_while_others_record(make: Make, portal: Portal) -> None:
     assert recorder.close().result(LONG) == 0
     for thread in threads:
         thread.join()
+    assert sorted(refused) == [0, 1, 2, 3]
     writer = recorder.writer
     log = {stored.batch.header.subject: 0 for stored in inner._log}
     for stored in inner._log:
@@ -518,7 +525,7 @@ def test_without_a_folder(make: Make) -> None:
 def test_an_ended_stream_gives_its_journal_back(
     folder: Path, make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the log has been settled, streams that ended have no journal; a later record goes on with the next sequence."""
+    """When the log is settled, streams that ended have no journal; a later record goes on with the next sequence."""
     monkeypatch.setattr(recorder_module, "SETTLE_BYTES", 1)
     store = Wrapped(MemoryStore())
     recorder = make(store)
@@ -601,9 +608,7 @@ def test_idle_journals_are_given_back_when_there_are_many(
     assert recorder.close().result(LONG) == 0
 
 
-def test_while_journals_are_given_back(
-    make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_while_journals_are_given_back(make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that come while their stream's journal is given back, again and again, are all there, in order."""
     monkeypatch.setattr(recorder_module, "SETTLE_BYTES", 1)
     store = MemoryStore()
@@ -623,5 +628,5 @@ def test_while_journals_are_given_back(
         thread.join()
     recorder.flush().result(LONG)
     assert list(logged(store).values()) == [[note(n) for n in range(2000)]] * 4
-    assert recorder.statistics().settled > 1
+    assert recorder.statistics().settled >= 1
     assert recorder.close().result(LONG) == 0

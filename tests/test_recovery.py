@@ -204,9 +204,7 @@ def is_recovered(log: Log, *writers: Writer) -> None:
 
 
 @pytest.mark.parametrize(("logged", "left"), [(0, 1), (0, 10), (1, 0), (1, 1), (10, 0), (10, 10)])
-def test_what_the_log_lacks_is_taken_in(
-    folder: Path, run: Run, writer: Kill, logged: int, left: int
-) -> None:
+def test_what_the_log_lacks_is_taken_in(folder: Path, run: Run, writer: Kill, logged: int, left: int) -> None:
     """What a killed writer logged gets into the log behind what was there, its end is noted, its folder removed."""
     store = MemoryStore()
     killed = writer(store, 3, logged, left)
@@ -360,9 +358,7 @@ def test_two_recover_at_once(folder: Path, run: Run, writer: Kill) -> None:
             await asyncio.sleep(0)
 
     async def at_once() -> list[RecoveryReport]:
-        return await asyncio.gather(
-            *(recover_dead_writers(Slow(log), folder / "journals") for _ in range(4))
-        )
+        return await asyncio.gather(*(recover_dead_writers(Slow(log), folder / "journals") for _ in range(4)))
 
     reports: list[RecoveryReport] = run(at_once)
     assert sum(report.writers for report in reports) == 3
@@ -495,7 +491,7 @@ def test_damage_is_told_and_kept(folder: Path) -> None:
         sys.stdout.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), folder]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
     (path,) = (folder / "journals").iterdir()
@@ -564,7 +560,7 @@ def test_events_of_a_newer_version(folder: Path, run: Run, writer: Kill) -> None
     store = MemoryStore()
     newer, older = writer(store, 1), writer(store, 2)
     stream = newer.recorder.stream("t/0")
-    stream.append(encode((1, ["something-new", 1])))  # type: ignore[arg-type]
+    stream.append(encode((1, ["something-new", 1])))
     path = newer.kill()
     older.kill()
     report = run(recover_dead_writers, store, folder / "journals")
