@@ -28,6 +28,7 @@ class Endable(Protocol):
 
 _open: weakref.WeakSet[Endable] = weakref.WeakSet()
 _in_children: weakref.WeakSet[Endable] = weakref.WeakSet()  # those that multiprocessing's forks are told of
+_in_child: weakref.WeakSet[Endable] = weakref.WeakSet()  # those that are closed when this child ends
 _watching = False
 
 
@@ -42,7 +43,12 @@ def watch(client: Endable) -> None:
             os.register_at_fork(before=_before_fork)
     _handle_sigterm()  # each time: the first one may have come from another thread than the main one
     multiprocessing = sys.modules.get("multiprocessing.process")
-    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+    if (
+        client not in _in_child
+        and multiprocessing is not None
+        and multiprocessing.parent_process() is not None
+    ):
+        _in_child.add(client)  # once: each trial comes by here
         _close_with_process(client)
 
 

@@ -25,7 +25,7 @@ from eventrun.errors import Closed, StoreError, StoreUnavailable
 from eventrun.events import Event
 from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, can_map, new_journal
 from eventrun.pending import Pending
-from eventrun.portal import Portal, importing
+from eventrun.portal import Portal
 from eventrun.recovery import RecoveryReport, recover_dead_writers
 from eventrun.stores.base import Store
 
@@ -224,9 +224,6 @@ class Recorder:
 
     async def _flush_for_ever(self) -> None:
         import asyncio
-
-        with importing:
-            import hashlib  # noqa: F401 - for the first batch
 
         pause = linger = self.linger_ms / 1000
         while not self._closed:

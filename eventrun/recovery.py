@@ -7,6 +7,7 @@ skipped, and a folder is removed only when the log holds all of it for good.
 from __future__ import annotations
 
 import os
+from itertools import zip_longest
 from pathlib import Path
 
 from msgspec import Struct
@@ -70,7 +71,7 @@ async def _recover_writer(store: Store, folder: Path, report: RecoveryReport) ->
 async def _recover_stream(store: Store, stream: Stream, segments: list[Found], problems: list[str]) -> int:
     tip = await store.tip(stream)
     events = position = 0
-    for segment, following in zip(segments, [*segments[1:], None], strict=True):
+    for segment, following in zip_longest(segments, segments[1:]):
         if segment.first > tip.sequence + 1:
             raise LogDamaged(f"{stream}: sequences {tip.sequence + 1} to {segment.first - 1} are missing")
         last = tip.sequence if following is None else min(following.first - 1, tip.sequence)

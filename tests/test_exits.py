@@ -83,7 +83,7 @@ def test_ignored_stays_ignored(store: Path) -> None:
 
 
 def test_a_thread_installs_no_handler(store: Path) -> None:
-    """A client that is used by another thread than the main one leaves SIGTERM alone; the main thread's next trial not."""
+    """A client that another thread uses leaves SIGTERM alone; the next trial of the main one installs a handler."""
     run(
         """
         def work():
@@ -243,3 +243,54 @@ def test_a_child_that_opens_a_client_and_returns(store: Path, tmp_path: Path, me
     assert (done.returncode, done.stderr) == (0, "")
     assert journals(store) == []
     assert ends(store) == {f"n{rank}": ("interrupted", "no finish") for rank in range(3)}
+
+
+def test_a_child_remembers_a_client_once(store: Path) -> None:
+    """In a child that makes many trials what is to be done at its end doesn't grow with them."""
+    out, _ = run(
+        """
+        import multiprocessing, multiprocessing.util
+        def work():
+            with eventrun.open(sys.argv[1]) as client:
+                for n in range(10):
+                    with client.trial("p"):
+                        pass
+                    print(len(multiprocessing.util._finalizer_registry))
+                sys.stdout.flush()
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join()
+        """,
+        store,
+    )
+    counts = out.split()
+    assert len(counts) == 10
+    assert len(set(counts)) == 1
+    assert len(ends(store)) == 10
+
+
+def test_a_grandchild_closes_too(store: Path) -> None:
+    """A child's client that its own child inherits and logs with is closed by both."""
+    run(
+        """
+        import multiprocessing
+        context = multiprocessing.get_context("fork")
+        def grandchild(trial):
+            trial.log(rank=2)
+        def child():
+            client = eventrun.open(sys.argv[1])
+            trial = client.trial("p", name="n")
+            trial.log(rank=1)
+            process = context.Process(target=grandchild, args=(trial,))
+            process.start()
+            process.join()
+        process = context.Process(target=child)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        """,
+        store,
+    )
+    assert journals(store) == []
+    with eventrun.open(store) as client:
+        assert set(client.history("n", "rank").result().values) == {1, 2}

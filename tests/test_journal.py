@@ -534,10 +534,11 @@ def test_a_log_call_at_any_moment_of_the_flusher(small: None, opened: Open) -> N
     assert each_moment(run) > 200
 
 
-def test_a_kill_at_any_instruction_leaves_no_damage(small: None, opened: Open) -> None:
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_kill_at_any_instruction_leaves_no_damage(small: None, opened: Open, mapped: bool) -> None:
     """What the files hold after each single instruction of append, turn, release and reuse of slots is what was
     appended, at least all that had returned, and nothing looks damaged."""
-    journal = opened()
+    journal = opened(mapped=mapped)
     path = path_of(journal)
     sent: list[bytes] = []
     before: dict[str, bytes] = {}

@@ -126,7 +126,9 @@ class Segment:
         while True:
             now, turns = head[0], self.turns
             end = now & 0xFFFFFFFF
-            if self.written_turns != turns:
+            if self.written_turns < 0:  # until there is a head that counts
+                place.write(0, HEAD.pack(VACANT) + buffer[8 : self.start])
+            elif self.written_turns != turns:
                 place.write(8, buffer[8 : self.start])
             start = max(self.written, self.start)
             if start < end:
@@ -168,7 +170,7 @@ class Slot(NamedTuple):
     base: int
 
     def write(self, at: int, data: memoryview | bytes) -> None:
-        """Write to the file, whole or not at all as far as the head is concerned: it is written last."""
+        """Write to the file."""
         while data:  # a nearly full disk takes less than it is given
             done = os.pwrite(self.arena.descriptor, data, self.base + at)
             data, at = data[done:], at + done

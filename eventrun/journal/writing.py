@@ -343,6 +343,6 @@ def item_time(payload: bytes, at: int) -> int:
     """Read the time of the item that begins at `at`: the first element of its array."""
     if payload[at + 1] == 0xCF:
         return int.from_bytes(payload[at + 2 : at + 10], "big")
-    # Times before 1970-01-01T00:00:04 are packed shorter; only tests have them.
-    size = {0xCC: 1, 0xCD: 2, 0xCE: 4}.get(payload[at + 1], 0)
+    # Times before 1970-01-01T00:00:04 are packed otherwise: tests have them, and clocks that were never set.
+    size = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}.get(payload[at + 1], 0)
     return int(msgspec.msgpack.decode(payload[at + 1 : at + 2 + size]))
