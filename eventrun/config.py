@@ -46,7 +46,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **arguments: Any) ->
     settings = msgspec.convert({name: value for name, (value, _) in layers.items()}, Settings, strict=False)
     for name in ("linger_ms", "close_timeout_s"):
         if not 0 < getattr(settings, name) < 1e9:
-            raise InvalidValue(f"the setting {name!r} must be above 0, not {getattr(settings, name)!r}")
+            raise InvalidValue(
+                f"the setting {name!r} must be above 0 and below 1e9, not {getattr(settings, name)!r}"
+            )
     return settings
 
 

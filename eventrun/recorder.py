@@ -352,6 +352,8 @@ class Recorder:
     async def _flush(self, targets: list[tuple[Recording, int]]) -> None:
         try:
             while any(recording.durable < target for recording, target in targets):
+                if self._left:
+                    raise StoreUnavailable("the client gave up on the store before this flush was through")
                 await self._cycle()
         except StoreError as error:
             self._note_failure(error)
@@ -381,7 +383,7 @@ class Recorder:
                     done = await self._begin_settling()
         except Exception as error:  # noqa: BLE001 - of the one place: what is left stays in the journal
             done = False
-            self._last_error = str(error) or "the store didn't answer in time"
+            self._last_error = str(error) or self._last_error or "the store didn't answer in time"
         self._shut()
         left = self._left = sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
         if done and not left:

@@ -1,4 +1,7 @@
-"""`eventrun.open(...)`: one object that ties store, recorder and read side together."""
+"""`eventrun.open(...)`: one object that ties store, recorder and read side together.
+
+`past` has the store as it was, `checks` what questions may be made of.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import exits
+from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of
+from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
-from eventrun.codec import Batch, Stream, checked_text
+from eventrun.codec import Batch, Stream
 from eventrun.config import Settings, load_settings
-from eventrun.errors import Closed, InvalidType, InvalidValue, NotFound, StoreError
+from eventrun.errors import Closed, InvalidValue, NotFound, StoreError
 from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal
@@ -23,8 +28,6 @@ from eventrun.recovery import RecoveryReport
 from eventrun.stores import open_store
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
 from eventrun.trial import (
-    ID_ALPHABET,
-    ID_LENGTH,
     Trial,
     active_trial,
     checked_name,
@@ -39,12 +42,13 @@ if TYPE_CHECKING:
     from eventrun.projector import VerifyReport
     from eventrun.query import Reader, Series
 
+__all__ = ["Client", "Past", "current_trial", "open"]
+
 LOOK_FOR_DEAD_WRITERS_S = 2.0  # how often readers look whether a writer was killed
 CLOSING_BLOCK_S = 0.3
 TAIL_POLL_S = 0.1
 
 T = TypeVar("T")
-TrialLike = Any  # a Trial, a TrialState, an id, a unique prefix, a name or "@latest"
 
 
 class Client:
@@ -102,7 +106,7 @@ class Client:
         """
         project = checked_name(project, "the project's name")
         group = checked_name(group, "the group's name") if group else ""
-        trial_id = new_id() if resume is None else _checked_id(resume)
+        trial_id = new_id() if resume is None else checked_id(resume)
         name = default_name(trial_id) if name is None else checked_name(name, "the trial's name")
         recording = self._recorder.stream(trial_subject(trial_id))
         trial = Trial(self, recording, trial_id, project, group, name, resumed=resume is not None)
@@ -186,14 +190,14 @@ class Client:
             "project": project, "group": group, "status": status, "tag": tag, "name": name,
             "order_by": order_by, "limit": limit,
         }  # fmt: skip
-        _check_choice({**chosen, "offset": offset})
+        check_choice({**chosen, "offset": offset})
         return self._pages(
             fresh, lambda cursor: self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen), 0
         )
 
     def get(self, trial: TrialLike, *, fresh: bool = True) -> Pending[TrialState]:
         """Ask for one trial by id, unique prefix, name or "@latest". Raises NotFound, Ambiguous."""
-        key = _key(trial)
+        key = key_of(trial)
         return self._ask(fresh, lambda: self._reader().trial(key, fresh=fresh))
 
     def history(
@@ -206,8 +210,8 @@ class Client:
         fresh: bool = True,
     ) -> Pending[Series]:
         """Ask for all points of one metric, or at most about `points` that keep extremes and ends. Raises NotFound."""
-        key = _key(trial)
-        _check_choice({"metric": metric, "points": points})
+        key = key_of(trial)
+        check_choice({"metric": metric, "points": points})
         return self._ask(
             fresh, lambda: self._reader().history(key, metric, points=points, between=between, fresh=fresh)
         )
@@ -226,16 +230,16 @@ class Client:
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None, fresh: bool = True
     ) -> Query[StoredEvent]:
         """Ask for the events of the log beyond position `after`, in order; of one trial, or all."""
-        _check_choice({"after": after, "limit": limit})
-        key = None if trial is None else _key(trial)
+        check_choice({"after": after, "limit": limit})
+        key = None if trial is None else key_of(trial)
         return self._pages(fresh, lambda cursor: self._reader().events(cursor, trial=key, limit=limit), after)
 
     def tail(
         self, *, after: int | None = None, trial: TrialLike = None, poll_s: float = TAIL_POLL_S
     ) -> Query[StoredEvent]:
         """Follow the log: events beyond `after` (None: from now on), for ever, as they become durable."""
-        key = None if trial is None else _key(trial)
-        _check_choice({"after": after})
+        key = None if trial is None else key_of(trial)
+        check_choice({"after": after})
         start = -1 if after is None else after
         return Query(
             lambda cursor: self._ask(True, lambda: self._reader().tail(cursor, trial=key)), start, poll_s
@@ -246,14 +250,14 @@ class Client:
 
         `time` is in nanoseconds since 1970, a datetime with a time zone, or ISO text.
         """
-        _check_choice({"position": position})
+        check_choice({"position": position})
         if (position is None) == (time is None):
             raise InvalidValue("at() takes a position or a time, one of them")
         return Past(self, lambda: self._reader().at(position=position, time=time))
 
     def rebuild(self, trial: TrialLike = None) -> Pending[int]:
         """Fold the whole log anew beside the old views, or one trial's part; gives the position reached."""
-        key = None if trial is None else _key(trial)
+        key = None if trial is None else key_of(trial)
         return self._ask(True, lambda: self._reader().rebuild(key))
 
     def verify(self, *, views: bool = False) -> Pending[VerifyReport]:
@@ -483,56 +487,6 @@ class Client:
             await anyio.to_thread.run_sync(self.close)
 
 
-class Past:
-    """The store as it was at a position or a time: the read methods of `Client`. Made by `client.at(...)`."""
-
-    def __init__(self, client: Client, reader: Callable[[], Any]) -> None:
-        self._client = client
-        self._at = reader
-
-    def trials(self, **chosen: Any) -> Query[TrialState]:
-        """Ask for trials, as `Client.trials`."""
-        offset = chosen.pop("offset", 0)
-        return self._client._pages(True, lambda cursor: self._at().trials(cursor, offset=offset, **chosen), 0)
-
-    def get(self, trial: TrialLike) -> Pending[TrialState]:
-        """Ask for one trial, as `Client.get`."""
-        key = _key(trial)
-        return self._client._ask(True, lambda: self._at().trial(key))
-
-    def history(
-        self,
-        trial: TrialLike,
-        metric: str,
-        *,
-        points: int | None = None,
-        between: tuple[float, float] | None = None,
-    ) -> Pending[Series]:
-        """Ask for the points of one metric, as `Client.history`."""
-        key = _key(trial)
-        return self._client._ask(
-            True, lambda: self._at().history(key, metric, points=points, between=between)
-        )
-
-    def groups(self, project: str | None = None) -> Query[GroupState]:
-        """Ask for groups, as `Client.groups`."""
-        return self._client._pages(True, lambda cursor: self._at().groups(cursor, project=project), 0)
-
-    def projects(self) -> Query[ProjectState]:
-        """Ask for projects, as `Client.projects`."""
-        return self._client._pages(True, lambda cursor: self._at().projects(cursor), 0)
-
-    def events(
-        self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None
-    ) -> Query[StoredEvent]:
-        """Ask for events, as `Client.events`."""
-        _check_choice({"after": after, "limit": limit})
-        key = None if trial is None else _key(trial)
-        return self._client._pages(
-            True, lambda cursor: self._at().events(cursor, trial=key, limit=limit), after
-        )
-
-
 def open(  # noqa: A001 - the documented name: eventrun.open
     url: str | os.PathLike[str] | None = None,
     *,
@@ -577,38 +531,3 @@ def current_trial() -> Trial | None:
 def _say(text: str) -> None:
     if sys.stderr is not None:
         sys.stderr.write(text + "\n")
-
-
-def _key(trial: TrialLike) -> str:
-    key = trial if isinstance(trial, str) else getattr(trial, "id", None)
-    if not isinstance(key, str):
-        raise InvalidValue(f"{trial!r} is neither a trial nor a trial's id, name, prefix or '@latest'")
-    return checked_text(key, "the trial's name")
-
-
-_COUNTS = frozenset({"limit", "offset", "after", "points", "position"})
-
-
-def _check_choice(chosen: dict[str, Any]) -> None:
-    """Refuse at the call what SQL would stumble over: counts are ints from 0, all else is text; None is no choice."""
-    for name, value in chosen.items():
-        if value is None:
-            continue
-        if name in _COUNTS:
-            if type(value) is not int:
-                raise InvalidType(f"{name}={value!r} is no whole number")
-            if not 0 <= value < 1 << 62:
-                raise InvalidValue(f"{name}={value!r} is out of range: it is a number from 0 on")
-        elif not isinstance(value, str):
-            raise InvalidType(f"{name}={value!r} is {type(value).__qualname__}, not text")
-        else:
-            checked_text(value, name)
-
-
-def _checked_id(trial_id: Any) -> str:
-    if not isinstance(trial_id, str) or len(trial_id) != ID_LENGTH or not set(trial_id) <= set(ID_ALPHABET):
-        raise InvalidValue(
-            f"resume={trial_id!r} is not a trial's id ({ID_LENGTH} letters and digits); "
-            "`(await client.get(name)).id` finds it by name or prefix"
-        )
-    return trial_id
