@@ -347,6 +347,7 @@ class Injector:
 
     def __enter__(self) -> Injector:
         self._before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at this only when tracing begins
         sys.settrace(self._trace)
         return self
 
