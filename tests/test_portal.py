@@ -288,6 +288,7 @@ def test_a_fork_starts_afresh() -> None:
         portal.stop()
         print("done")
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    # Python 3.12 warns of the fork that this is about.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
