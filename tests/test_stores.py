@@ -444,7 +444,7 @@ def test_a_cancelled_append_is_finished(store: SqliteStore, run: Run) -> None:
 _READ = (
     _MAKE
     + """
-import aiosqlite, sqlite3  # afterwards nothing more can be imported, perhaps
+import aiosqlite, sqlite3, urllib.parse  # afterwards nothing more can be imported, perhaps
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
