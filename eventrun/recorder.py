@@ -146,7 +146,7 @@ class Recorder:
         self._flusher: Pending[None] | None = None
         self._closed = False
         self._closing: Pending[int] | None = None
-        self._left = 0  # events that the close left in the journal
+        self._gave_up = False  # the close left events in the journal
         self._cycle_lock: asyncio.Lock | None = None
         self._settling: asyncio.Task[bool] | None = None
         self._sealed: list[_Sealed] = []  # handed to the store, no answer yet
@@ -245,7 +245,7 @@ class Recorder:
 
         self._cycle_lock = self._cycle_lock or asyncio.Lock()
         async with self._cycle_lock:
-            if self._left:  # whoever opens the store next may be taking it in
+            if self._gave_up:  # whoever opens the store next may be taking it in
                 return False
             # A batch whose append failed may be in the log all the same, so it is sent again as it was.
             self._sealed = self._sealed or self._seal()
@@ -352,7 +352,7 @@ class Recorder:
     async def _flush(self, targets: list[tuple[Recording, int]]) -> None:
         try:
             while any(recording.durable < target for recording, target in targets):
-                if self._left:
+                if self._gave_up:
                     raise StoreUnavailable("the client gave up on the store before this flush was through")
                 await self._cycle()
         except StoreError as error:
@@ -362,7 +362,8 @@ class Recorder:
     def close(self) -> Pending[int]:
         """Bring all to the log, at most close_timeout_s, and end; gives the number of events left in the journal.
 
-        What is left is taken in by the next open of the store. Recording afterwards raises Closed.
+        What is left is taken in by the next open of the store; what no file could be had for is dropped and counted.
+        Recording afterwards raises Closed.
         """
         if self._closing is None:
             self._closing = self.portal.call(self._close)
@@ -385,11 +386,15 @@ class Recorder:
             done = False
             self._last_error = str(error) or self._last_error or "the store didn't answer in time"
         self._shut()
-        left = self._left = sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
+        left = sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
         if done and not left:
             self._folder.remove()
         else:
+            lost = sum(journal.save() for _, journal in self._open_journals())
+            self._folder.drop(lost)
             self._folder.abandon()
+            self._gave_up = left > 0
+            left -= lost
         try:
             async with asyncio.timeout_at(max(deadline, asyncio.get_running_loop().time() + CLOSE_STORE_S)):
                 if self._store is not None:

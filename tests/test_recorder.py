@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import itertools
+import os
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +16,10 @@ from typing import Any
 import pytest
 
 from eventrun import recorder as recorder_module
-from eventrun.codec import Batch, ChainChecker, Stream, encode, items_of
+from eventrun.codec import Batch, ChainChecker, Stream, encode, items_of, seal
 from eventrun.errors import Closed, StoreError, StoreUnavailable
 from eventrun.events import Event, NoteAdded, WriterEnded
+from eventrun.journal import segments
 from eventrun.portal import Portal
 from eventrun.recorder import Recorder
 from eventrun.stores import open_store
@@ -112,6 +117,14 @@ class Hanging(Wrapped):
     async def after(self, call: str) -> None:
         if call == self.hangs.removesuffix(", lost"):
             await asyncio.sleep(3600)
+
+
+class Hindered(Wrapped):
+    """A store that never settles."""
+
+    async def before(self, call: str) -> None:
+        if call == "settle":
+            raise StoreUnavailable("a reader hinders")
 
 
 @pytest.fixture
@@ -510,13 +523,141 @@ def test_closing_while_others_record(make: Make, portal: Portal) -> None:
 
 
 def test_without_a_folder(make: Make) -> None:
-    """Without a folder events are in memory alone: accepted, not crash_safe, and what is left at close is told."""
+    """Without a folder events are in memory alone: accepted, not crash_safe, and what is lost at close is told."""
     recorder = make(Hanging(MemoryStore(), "append"), folder=None, close_timeout_s=0.1)
     record(recorder, "t/a", *range(10))
     found = recorder.statistics()
     assert (found.acknowledgement, found.journal_bytes) == ("accepted", 0)
     assert found.memory_bytes > 0
-    assert recorder.close().result(LONG) == 10
+    with pytest.warns(RuntimeWarning, match="events are lost"):
+        assert recorder.close().result(LONG) == 0
+    assert recorder.statistics().dropped == 10
+
+
+# places that can't be written ----------------------------------------------------------------------------------
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_memory_is_saved_at_the_end(
+    folder: Path, make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only memory holds when close() gives up is brought to a file, if one can be had by then."""
+    inner = MemoryStore()
+    recorder = make(Hanging(inner, "append"), close_timeout_s=0.1)
+    record(recorder, "t/a", *range(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.warns(RuntimeWarning, match="No space left"):
+            record(recorder, "t/a", *range(10, 200_000))
+        recorder.stream("t/b").record(NoteAdded("x" * 1_000_000))
+        assert recorder.statistics().acknowledgement == "accepted"
+    assert recorder.close().result(LONG) == 200_001
+    assert recorder.statistics().dropped == 0
+    following = make(inner)
+    assert following.portal.call(following.recover).result(LONG).problems == []
+    found = logged(inner)
+    assert found[f"t/a@{recorder.writer:x}"] == [note(n) for n in range(200_000)]
+    assert found[f"t/b@{recorder.writer:x}"] == [NoteAdded("x" * 1_000_000)]
+    assert left_behind(folder) == []
+
+
+def test_no_room_anywhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With neither disk nor memory left a new stream's events are dropped, counted and told of; no call fails."""
+    monkeypatch.setattr(segments, "MEMORY_BYTES", 20_000)
+    recorder = make(MemoryStore(), folder=None)
+    record(recorder, "t/a", 1, 2, 3)
+    with pytest.warns(RuntimeWarning, match="events are lost"):
+        record(recorder, "t/b", 1, 2, 3, 4)
+    found = recorder.statistics()
+    assert (found.recorded, found.dropped) == (3, 4)
+    assert recorder.close().result(LONG) == 0
+
+
+def test_a_journals_folder_that_cant_be_made(folder: Path, make: Make, logged: Logged) -> None:
+    """Where journals can't be written events are accepted and become durable; why is in the statistics."""
+    (folder / "journals").write_text("in the way")
+    inner = MemoryStore()
+    recorder = make(Wrapped(inner))
+    with pytest.warns(RuntimeWarning, match="journals can't be written"):
+        record(recorder, "t/a", *range(10))
+    assert recorder.statistics().acknowledgement == "accepted"
+    assert "journals" in (recorder.statistics().problem or "")
+    assert recorder.close().result(LONG) == 0
+    assert logged(inner)[f"t/a@{recorder.writer:x}"] == [note(n) for n in range(10)]
+
+
+def test_journals_that_are_deleted(folder: Path, make: Make, logged: Logged) -> None:
+    """Somebody deletes the journals while they are used: what is recorded reaches the log nevertheless."""
+    inner = MemoryStore()
+    recorder = make(Wrapped(inner))
+    record(recorder, "t/a", *range(10))
+    shutil.rmtree(folder)
+    record(recorder, "t/a", *range(10, 50_000))
+    assert recorder.close().result(LONG) == 0
+    assert logged(inner)[f"t/a@{recorder.writer:x}"] == [note(n) for n in range(50_000)]
+
+
+def test_no_thread_to_be_had(make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no thread can be started a log call works all the same; the flusher begins when one can."""
+    inner = MemoryStore()
+    recorder = make(inner)
+
+    def no_thread(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        record(recorder, "t/a", *range(10))
+        assert recorder.last_error == "can't start new thread"
+    recorder.flush().result(LONG)
+    assert logged(inner)[f"t/a@{recorder.writer:x}"] == [note(n) for n in range(10)]
+
+
+def test_batches_are_chained_although_making_them_failed(
+    make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the middle of making batches (no memory, say) leaves no gap in any stream's chain."""
+    inner = MemoryStore()
+    recorder = make(inner)
+    for number in (1, 2):
+        for subject in ("t/a", "t/b", "t/c"):
+            record(recorder, subject, number)
+        if number == 1:
+            recorder.flush().result(LONG)
+    calls = itertools.count()
+
+    def failing(*arguments: Any, **options: Any) -> Batch:
+        if next(calls) == 1:
+            raise MemoryError
+        return seal(*arguments, **options)
+
+    monkeypatch.setattr(recorder_module, "seal", failing)
+    with pytest.raises(MemoryError):
+        recorder.flush().result(LONG)
+    recorder.flush().result(LONG)
+    assert set(map(len, logged(inner).values())) == {2}
+
+
+def test_a_hindered_settle_hinders_nothing_else(
+    folder: Path, make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that keeps the store from settling delays no flush and costs no event; the journals stay."""
+    monkeypatch.setattr(recorder_module, "SETTLE_BYTES", 1000)
+    inner = MemoryStore()
+    recorder = make(Hindered(inner))
+    for n in range(20):
+        recorder.stream("t/a").record(NoteAdded("x" * 500))
+        recorder.flush().result(LONG)
+        assert recorder.statistics().durable == n + 1
+    assert recorder.statistics().settled == 0
+    assert recorder.close().result(LONG) == 0
+    following = make(inner)
+    report = following.portal.call(following.recover).result(LONG)
+    assert (report.writers, report.events, report.problems) == (1, 0, [])
+    assert left_behind(folder) == []
 
 
 # journals are given back ---------------------------------------------------------------------------------------

@@ -338,7 +338,7 @@ def test_killed_at_random_moments(folder: Path, run: Run, writer: Kill) -> None:
         time.sleep(random.random() * 0.15)
         process.kill()
         process.stdout.close()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait() in (-signal.SIGKILL, 0)  # it may have come to its end
     store = SqliteStore(folder)
     assert run(recover_dead_writers, store, folder / "journals").problems == []
     is_recovered(run(all_events, store), killed)

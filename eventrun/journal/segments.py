@@ -53,6 +53,7 @@ ARENA_BYTES = 4 << 20  # small segments come from files of this size
 WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
 RING_SLOTS = 32  # marks kept in a segment beyond one per 64 KiB
+MAX_ITEM_BYTES = 256 << 20  # of one event; SQLite takes up to 10^9
 MEMORY_BYTES = 64 << 20  # bound of what is kept in memory where no file can be written
 MAPPED_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs"})  # keep what posix_fallocate promised
 
@@ -156,11 +157,17 @@ def layout(size: int, subject_bytes: int) -> tuple[int, int]:
 def size_for(stream: Stream, item_bytes: int, previous: int, sizes: tuple[int, ...] = SEGMENT_BYTES) -> int:
     """Choose a segment's size: larger than the one before, and with room for the next item."""
     subject_bytes = len(stream.subject.encode())
+
+    def fits(size: int) -> bool:
+        return layout(size, subject_bytes)[1] + item_bytes <= size
+
     for size in sizes:
-        if (size > previous or size == sizes[-1]) and layout(size, subject_bytes)[1] + item_bytes <= size:
+        if (size > previous or size == sizes[-1]) and fits(size):
             return size
-    largest = SEGMENT_BYTES[-1]
-    return -(-(item_bytes + subject_bytes) // largest) * largest + largest  # one item larger than any segment
+    size = item_bytes >> 20 << 20  # one item larger than any segment
+    while not fits(size):
+        size += 1 << 20
+    return size
 
 
 class Slot(NamedTuple):
@@ -272,16 +279,17 @@ class JournalFolder:
         """Find room for more items of a stream: a slot of an arena, memory, or None when that is full too."""
         try:
             if self._descriptor is not None or self._open():
-                return self._in_arena(self.size_for(stream, item_bytes, previous))
+                least = self.size_for(stream, item_bytes, 0)
+                return self._in_arena(self.size_for(stream, item_bytes, previous), least)
         except OSError as error:  # the disk is full, or gone: memory takes over until it works again
             self.note(error)
         return self._in_memory(size_for(stream, item_bytes, previous, WRITTEN_SEGMENT_BYTES), None)
 
     def _open(self) -> bool:
         """Make the folder with its lock, at the first segment; False when there is none to make."""
-        if (
-            self.path is None or self._abandoned or self._opening
-        ):  # opening: a finalizer that logs comes in between
+        if self._descriptor is not None:  # by a finalizer that came in between
+            return True
+        if self.path is None or self._abandoned or self._opening:  # opening: such a finalizer is here
             return False
         self._opening = True
         try:
@@ -302,35 +310,63 @@ class JournalFolder:
             _warn(f"journals can't be written ({error}): until they can, events are kept in memory, and a kill of "
                   "this process loses those that the log doesn't hold yet")  # fmt: skip
 
-    def drop(self) -> None:
-        """Count an event for which there was no room, and say so once."""
-        self.dropped_events += 1
-        if self.dropped_events == 1:
-            _warn(f"events are lost: the log doesn't take them, journals can't be written ({self.problem}), and what "
-                  f"may be kept in memory, {MEMORY_BYTES:,} bytes, is full; statistics() counts them")  # fmt: skip
+    def drop(self, events: int = 1) -> None:
+        """Count events for which there was no room, and say so once."""
+        first, self.dropped_events = not self.dropped_events, self.dropped_events + events
+        if first and events:
+            _warn(f"events are lost: the log doesn't take them, journals can't be written ({self.problem}), and memory "
+                  f"({MEMORY_BYTES:,} bytes) is full or at its end; statistics() counts them")  # fmt: skip
 
-    def _in_arena(self, size: int) -> Segment | None:
-        for arena in tuple(self._arenas):
-            if arena.slot_bytes == size and (base := arena.take()) is not None:
-                break
-        else:
-            arena = self._new_arena(size)
-            base = arena.vacant.pop()
-            self._arenas.append(arena)  # not before: another thread would take its only slot
+    def _in_arena(self, size: int, least: int) -> Segment | None:
+        place = self._vacant(size, size)
+        if place is None:
+            try:
+                place = self._new_arena(size)
+            except OSError:
+                place = self._vacant(least, size)  # what is there already takes no space
+                if place is None:
+                    raise
         self.problem = None
-        place = Slot(arena, base)
-        return Segment(arena.view, base, size, place) if self.mapped else self._in_memory(size, place)
+        arena, base = place
+        if self.mapped:
+            return Segment(arena.view, base, arena.slot_bytes, place)
+        return self._in_memory(arena.slot_bytes, place)
 
-    def _new_arena(self, size: int) -> Arena:
-        assert self.path is not None
-        path = self.path / f"{next(self._numbers)}-{size}.arena"
+    def _vacant(self, least: int, most: int) -> Slot | None:
+        for arena in tuple(self._arenas):
+            if least <= arena.slot_bytes <= most and (base := arena.take()) is not None:
+                return Slot(arena, base)
+        return None
+
+    def _new_arena(self, size: int) -> Slot:
         slots = max(1, (ARENA_BYTES if self.mapped else WRITTEN_ARENA_BYTES) // size)
         try:
-            return Arena(path, size, slots, mapped=self.mapped)
+            arena = self._arena(size, slots, mapped=self.mapped)
         except OSError as error:
             if error.errno != errno.EMFILE or not _raise_file_limit():
                 raise
-            return Arena(path, size, slots, mapped=self.mapped)
+            arena = self._arena(size, slots, mapped=self.mapped)
+        place = Slot(arena, arena.vacant.pop())
+        self._arenas.append(arena)  # not before: another thread would take its only slot
+        return place
+
+    def _arena(self, size: int, slots: int, *, mapped: bool) -> Arena:
+        assert self.path is not None
+        return Arena(self.path / f"{next(self._numbers)}-{size}.arena", size, slots, mapped=mapped)
+
+    def save(self, segment: Segment) -> bool:
+        """Bring a segment that will not change any more to a file, if only memory holds it; False when that fails."""
+        try:
+            if segment.place is None:
+                if self._descriptor is None and not self._open():
+                    return False
+                segment.place = Slot(self._arena(segment.size, 1, mapped=False), 0)
+            if not self.mapped or not segment.place.arena.mapped:
+                segment.write()
+        except OSError as error:
+            self.problem = str(error)
+            return False
+        return True
 
     def _in_memory(self, size: int, place: Slot | None) -> Segment | None:
         if self.memory_bytes + size > MEMORY_BYTES:
@@ -365,7 +401,10 @@ class JournalFolder:
             if (last and arena.mapped) or not arena.take_all():
                 return
         # Removed as it is: emptying a segment of 32 MiB would hold up everybody.
-        self._arenas.remove(arena)
+        try:
+            self._arenas.remove(arena)
+        except ValueError:  # the writer has just ended
+            pass
         arena.path.unlink(missing_ok=True)
 
     def file_bytes(self) -> int:

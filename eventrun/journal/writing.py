@@ -12,7 +12,10 @@ from zlib import adler32
 import msgspec
 
 from eventrun.codec import Stream
-from eventrun.journal.segments import MARK_BYTES, NO_ITEMS, JournalFolder, Segment
+from eventrun.errors import InvalidValue
+from eventrun.journal.segments import MARK_BYTES, MAX_ITEM_BYTES, NO_ITEMS, JournalFolder, Segment
+
+INTERPRETER_LOCK: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class Chunk(NamedTuple):
@@ -55,7 +58,7 @@ class Journal:
         self._folder = folder
         # Of callers among each other. Reentrant: a finalizer that logs may run while this thread is inside.
         self._turning = threading.RLock()
-        self._guard: AbstractContextManager[Any] = nullcontext()
+        self._guard: AbstractContextManager[Any] = nullcontext() if INTERPRETER_LOCK else self._turning
         self._full: tuple[Segment, ...] = ()  # older segments, oldest first
         self._segment: Segment | None = None
         self._end = self._last = self._count = self._base = 0
@@ -94,6 +97,11 @@ class Journal:
 
     def _turn(self, size: int) -> bool:
         """Make room for an item, past a mark or in the next segment; False when there is none: dropped, counted."""
+        if size > MAX_ITEM_BYTES:  # or the log would refuse it, and all that follows
+            raise InvalidValue(
+                f"an event of {size:,} bytes is too large, the most is {MAX_ITEM_BYTES:,}: "
+                "keep the data in a file, and record where it lies"
+            )
         with self._turning:
             full, segment, end, last, check, count = self._now()
             if segment is None:  # closed just now
@@ -171,8 +179,9 @@ class Journal:
     @property
     def next_sequence(self) -> int:
         """The sequence that the next event will have, here or in the journal after this one."""
-        _, segment, _, _, _, count = self._now()
-        return self._after if segment is None else segment.first + count
+        with self._guard:
+            _, segment, _, _, _, count = self._now()
+            return self._after if segment is None else segment.first + count
 
     @property
     def closed(self) -> bool:
@@ -187,7 +196,8 @@ class Journal:
     @property
     def held_bytes(self) -> int:
         """Bytes of items that no confirmed batch holds."""
-        full, segment, end, _, _, _ = self._now()
+        with self._guard:
+            full, segment, end, _, _, _ = self._now()
         here = 0 if segment is None else end - segment.taken
         return here + sum(s.end - s.taken for s in full) if full else here
 
@@ -237,22 +247,24 @@ class Journal:
         if segment is None or self._next is not None or (end - segment.start) * 2 < segment.size:
             return
         made = self._folder.segment(self.stream, 0, segment.size)
-        if self._segment is not None and self._next is None:
-            made, self._next = None, made
+        with self._guard:
+            if self._segment is not None and self._next is None:
+                made, self._next = None, made
         if made is not None:
             self._folder.release(made)
 
     def release(self, sequence: int) -> None:
         """Give back older segments whose events all lie at or before `sequence`, which the log holds for good."""
-        while True:
+        gone: tuple[Segment, ...] = ()
+        done = False
+        while not done:
             full = self._full
             gone = tuple(s for s in full if s.first + s.count - 1 <= sequence)
             kept = full[len(gone) :]
-            if not gone:
-                return
-            if self._full is full:
-                self._full = kept
-                break
+            with self._guard:
+                done = self._full is full
+                if done:
+                    self._full = kept
         for segment in gone:
             self._folder.release(segment)
 
@@ -278,22 +290,16 @@ class Journal:
             while segment is not None and not self._enter(None, -1, full, segment, end):
                 full, segment, end, _, _, _ = self._now()
 
+    def save(self) -> int:
+        """After `shut`: bring what lies in memory alone to files; tell how many events no file could be had for."""
+        left = [s for s in self._full if s.end != s.taken]
+        return sum(s.count - s.taken_count for s in left if not self._folder.save(s))
+
 
 class LockedJournal(Journal):
     """A journal for interpreters without a global lock."""
 
     __slots__ = ()
-
-    def __init__(
-        self,
-        folder: JournalFolder,
-        stream: Stream,
-        segment: Segment,
-        first: int,
-        moved: Callable[[bytes], None],
-    ) -> None:
-        super().__init__(folder, stream, segment, first, moved)
-        self._guard = self._turning
 
     def append(self, data: bytes) -> None:
         """Keep one item, as `Journal.append`."""
@@ -326,8 +332,7 @@ def new_journal(
     folder: JournalFolder, stream: Stream, segment: Segment, first: int, moved: Callable[[bytes], None]
 ) -> Journal:
     """Make the journal that this file system and this interpreter need."""
-    locked = not getattr(sys, "_is_gil_enabled", lambda: True)()
-    kind = WrittenJournal if not folder.mapped else LockedJournal if locked else Journal
+    kind = WrittenJournal if not folder.mapped else Journal if INTERPRETER_LOCK else LockedJournal
     return kind(folder, stream, segment, first, moved)
 
 
