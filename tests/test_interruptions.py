@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from eventrun.codec import ChainChecker, items_of
-from eventrun.errors import Closed
 from eventrun.events import MetricsLogged
 from eventrun.journal import JournalFolder
 from eventrun.portal import Portal
@@ -77,52 +74,6 @@ def test_a_log_call_while_its_stream_is_opened(
     assert logged(store) == {"t/1": [1, 2, 3], "t/2": [1, 4]}
     assert nested == []
     assert recorder.statistics().problem is None
-
-
-@pytest.mark.parametrize("end", [False, True])
-def test_a_signal_handler_that_waits_for_the_flusher(
-    recorder: Recorder, store: MemoryStore, end: bool
-) -> None:
-    """A handler that logs and flushes, and at last one that closes, in the middle of log calls and of opening streams:
-    the flusher needs nothing that the interrupted call holds."""
-    handled = 0
-    signals: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal handled
-        handled += 1
-        mine = handled  # the next one may come at once
-        log(recorder, "t/signals", mine)
-        signals.append(mine)
-        if end and mine == 30:
-            recorder.close().result(LONG)
-        else:
-            recorder.flush().result(LONG)
-
-    returned: dict[str, list[Any]] = {}
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 2e-3, 2e-3)
-    try:
-        for i in itertools.count():
-            subject = f"t/{i // 20}"
-            log(recorder, subject, i)
-            returned.setdefault(subject, []).append(i)
-            if handled >= 50:
-                break
-    except Closed:
-        assert end
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert recorder.close().result(LONG) == 0
-    found = logged(store)
-    assert sorted(found.pop("t/signals")) == sorted(signals)
-    if end:  # the last call may have been interrupted when its event was kept
-        last = max(found, key=lambda subject: int(subject[2:]))
-        returned.setdefault(last, [])
-        if len(found[last]) > len(returned[last]):
-            returned[last].append(found[last][-1])
-    assert found == returned
 
 
 def test_finalizers_that_log_everywhere(recorder: Recorder, store: MemoryStore) -> None:
