@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -36,7 +37,6 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
 PROBE_TIMEOUT_S = 20
-CRASH_ROUNDS = 1000  # processes that `crash` kills at random moments; `test` kills fewer
 STAMP = "dev-stamp.json"  # in an environment: what it was made from; written last
 TOP_LEVEL = {"pyproject.toml", "eventrun", "tests", "tools", "README.md"}
 
@@ -390,21 +390,62 @@ def bench(arguments: list[str]) -> int:
 
 def crash(arguments: list[str]) -> int:
     """Run the tests that try to lose data; what isn't listed below goes to pytest."""
-    parser = verb_parser(crash, "[pytest's arguments]", "dev.py crash\ndev.py crash --rounds 20 -k kill -x")
+    parser = verb_parser(
+        crash,
+        "[pytest's arguments]",
+        "dev.py crash --install\ndev.py crash\ndev.py crash --full\ndev.py crash --rounds 20 -k power -x",
+    )
+    parser.add_argument(
+        "--install", action="store_true", help="install what they need (Debian, Ubuntu), and stop"
+    )
+    parser.add_argument("--full", action="store_true", help="try everything, for the better part of an hour")
     parser.add_argument(
         "--rounds",
         type=positive,
-        default=CRASH_ROUNDS,
         metavar="N",
-        help="kill at N random moments; default: %(default)s",
+        help="try each fault N times, where it can be tried any number of times",
     )
     options, for_pytest = split(parser, arguments)
-    if not (ROOT / "tests" / "crash").is_dir():
-        raise Failure("tests/crash isn't there: this checkout has no crash tests.")
+    if options.install:
+        return install_crash_tools()
     # -m "" selects everything; many rounds may take one test longer than a hanging test is given
     everything = [str(ROOT / "tests" / "crash"), "-m", "", "-o", "faulthandler_timeout=0"]
-    env = {**os.environ, "EVENTRUN_CRASH_ROUNDS": str(options.rounds)}
+    env = {**os.environ}
+    if options.full:
+        env["EVENTRUN_CRASH_FULL"] = "1"
+    if options.rounds:
+        env["EVENTRUN_CRASH_ROUNDS"] = str(options.rounds)
     return run_tests(prepare(this_python(), dev=True), [*everything, *for_pytest], env)
+
+
+CRASH_TOOLS = {  # program -> Debian's package
+    "strace": "strace",
+    "faketime": "faketime",
+    "setpriv": "util-linux",
+    "mount": "mount",
+    "mkfs.ext4": "e2fsprogs",
+}
+
+
+def install_crash_tools() -> int:
+    """Install the programs that the crash tests need and that aren't there."""
+    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    missing = sorted({p for name, p in CRASH_TOOLS.items() if shutil.which(name, path=places) is None})
+    if not missing:
+        say("All programs that the crash tests need are there.")
+        return 0
+    if shutil.which("apt-get") is None:
+        raise Failure(f"This is not Debian: install {', '.join(missing)} by this system's own means.")
+    say(f"Installing {', '.join(missing)}.")
+    as_root = [] if os.geteuid() == 0 else ["sudo"]
+    advice = "The packages could not be installed; above is what apt-get said."
+    env = ["env", "DEBIAN_FRONTEND=noninteractive"]
+    run_quietly([*as_root, "apt-get", "update", "-qq"], advice=advice)
+    run_quietly(
+        [*as_root, *env, "apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing],
+        advice=advice,
+    )
+    return 0
 
 
 def positive(text: str) -> int:
