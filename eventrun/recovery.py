@@ -35,18 +35,41 @@ class RecoveryReport(Struct):
 async def recover_dead_writers(store: Store, journals: Path) -> RecoveryReport:
     """Append what the journals of dead writers of this host hold and the log lacks. Raises StoreError."""
     report = RecoveryReport()
+    sound = False
     for folder, descriptor in dead_writers(journals):
         try:
+            if not sound:
+                await _check_sound(store)
+                sound = True
             await _recover_writer(store, folder, report)
         except (
             Conflict,
             FormatTooNew,
+            LogDamaged,
             OSError,
         ) as error:  # nothing is lost, and the others need not wait for it
             report.problems.append(f"{folder.name} is left for the next open: {error}")
         finally:
             os.close(descriptor)
     return report
+
+
+async def _check_sound(store: Store) -> None:
+    """Raise LogDamaged when nothing should be appended to a log, and no journal removed: it is damaged inside."""
+    lost_tail = getattr(store, "lost_tail", None)
+    lost = None if lost_tail is None else await lost_tail()
+    if lost is None:
+        return
+    # Most often nothing but the end is missing (damage in the write-ahead file), and the journals have it. But where a
+    # checkpoint was under way, SQLite may have laid older pages over newer ones.
+    found = await store.check() if hasattr(store, "check") else []
+    position = 0
+    while not found and (batches := await store.read(position)):
+        position = batches[-1].last_position
+    if found:
+        raise LogDamaged(
+            f"the log is damaged ({found[0]}): `eventrun salvage OUT` saves what can be read, journals included"
+        )
 
 
 async def _recover_writer(store: Store, folder: Path, report: RecoveryReport) -> None:

@@ -18,7 +18,9 @@ import pytest
 
 import eventrun
 from eventrun.client import Client
+from eventrun.codec import Stream
 from eventrun.events import MetricsLogged, TrialCreated
+from eventrun.testing import chain
 
 NO_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("EVENTRUN_")}
 
@@ -565,3 +567,13 @@ def test_statistics(client: Client) -> None:
     assert (found.recorded, found.durable, found.dropped, found.held_bytes) == (13, 13, 0, 0)
     assert found.acknowledgement == "crash_safe"
     assert found.journal_bytes > 0
+
+
+def test_what_no_journal_holds_is_settled(client: Client, store: Path, tmp_path: Path) -> None:
+    """What was appended past the journals stands in log.db itself when the call is through."""
+    batch = chain(Stream("t/a", 0), [[(1, MetricsLogged({"a": 1}))]])[0]
+    client.append([batch], expected={Stream("t/a", 0): 0}).result()
+    (tmp_path / "copy").mkdir()
+    shutil.copy(store / "log.db", tmp_path / "copy")
+    with eventrun.open(tmp_path / "copy", quiet=True, create=False) as copy:
+        assert [stored.batch for stored in copy.batches()] == [batch]

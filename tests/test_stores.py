@@ -646,6 +646,7 @@ def test_the_write_ahead_file_stays_bounded(folder: Path, run: Run, monkeypatch:
     """Where nobody calls settle, appends checkpoint by themselves, also when a reader has hindered it for a while."""
     limit = 100_000
     monkeypatch.setattr(eventrun.stores.sqlite, "WAL_BYTES", limit)
+    monkeypatch.setattr(connection, "WAL_BYTES", limit)
     monkeypatch.setattr(
         eventrun.stores.sqlite, "TO_APPEND", [*connection.TO_APPEND, f"PRAGMA journal_size_limit = {limit}"]
     )
@@ -894,6 +895,46 @@ def test_settled(store: SqliteStore, folder: Path, run: Run, tmp_path: Path) -> 
     (tmp_path / "copy").mkdir()
     shutil.copy(folder / "log.db", tmp_path / "copy")
     assert [stored.batch for stored in everything(run, tmp_path / "copy")] == some[:2]
+
+
+def flipped_wals(folder: Path, run: Run, tries: int) -> Iterator[list[StoredBatch]]:
+    """As if all processes had died: change a byte of the write-ahead file, and read what is left of the log."""
+    data = (folder / "log.db-wal").read_bytes()
+    chance = random.Random(tries)
+    for at in [*range(0, 64, 7), *(chance.randrange(len(data)) for _ in range(tries))]:
+        left = folder.with_name("left")
+        shutil.rmtree(left, ignore_errors=True)
+        left.mkdir()
+        shutil.copy(folder / "log.db", left)
+        (left / "log.db-wal").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        yield everything(run, left)
+
+
+@pytest.mark.parametrize("more", [0, 1, 5])
+def test_damage_to_the_write_ahead_file_costs_nothing_that_is_settled(
+    store: SqliteStore, folder: Path, run: Run, more: int
+) -> None:
+    """What is left is the log up to some append after the one that was settled last."""
+    some = some_batches(60 + more)
+    for batch in some[:60]:
+        run(store.append, [batch])
+    run(store.settle)
+    for batch in some[60:]:
+        run(store.append, [batch])
+    for found in flipped_wals(folder, run, 30):
+        assert len(found) >= 60
+        assert [stored.batch for stored in found] == some[: len(found)]
+
+
+def test_a_write_ahead_file_that_is_not_begun_anew_is_caught(
+    store: SqliteStore, folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail: SQLite itself goes back to older pages."""
+    monkeypatch.setattr(connection.Log, "_begin_wal_anew", lambda self, gate: True)
+    for batch in some_batches(60):
+        run(store.append, [batch])
+    run(store.settle)
+    assert any(len(found) < 60 for found in flipped_wals(folder, run, 30))
 
 
 def test_a_reader_that_keeps_the_log_from_being_settled(

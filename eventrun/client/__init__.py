@@ -19,7 +19,7 @@ from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
 from eventrun.codec import Batch, Stream
 from eventrun.config import Settings, load_settings
-from eventrun.errors import Closed, InvalidValue, NotFound, StoreError
+from eventrun.errors import Closed, InvalidValue, NotFound, StoreError, StoreUnavailable
 from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal
@@ -357,9 +357,24 @@ class Client:
         return self._ask(True, lambda: self._portal.call(copy, Path(folder)).result())
 
     def append(self, batches: Sequence[Batch], expected: Mapping[Stream, int] | None = None) -> Pending[int]:
-        """Append ready batches to the log, all or none. Raises Conflict; see `stores.base.Store`."""
+        """Append ready batches to the log, all or none. Raises Conflict; see `stores.base.Store`.
+
+        No journal holds them, so the log is settled too: then damage to the engine's write-ahead file costs nothing.
+        """
         self._check_open()
-        return self._portal.call(self._recorder.store.append, batches, expected)
+        store = self._recorder.store
+
+        async def append() -> int:
+            end = await store.append(batches, expected)
+            try:
+                await store.settle()
+            except (
+                StoreUnavailable
+            ):  # hindered by a reader: durable all the same, and settled with what comes next
+                pass
+            return end
+
+        return self._portal.call(append)
 
     def tip(self, stream: Stream) -> Pending[Tip]:
         """Ask where a stream ends."""

@@ -62,7 +62,7 @@ _READ_STREAM = """
     AND (position + count <= :after + 1) IS NOT TRUE
     ORDER BY position
 """
-_TOUCH = f"PRAGMA user_version = {FORMAT}"
+TOUCH = f"PRAGMA user_version = {FORMAT}"
 
 
 def _with_rows(raw: sqlite3.Connection, sql: str, rows: Sequence[_Row]) -> Iterator[_Row]:
@@ -154,7 +154,7 @@ class Appender:
             if repeated and not fresh:
                 # They may be seen without being on the disk yet, when the process that wrote them was killed before
                 # its fsync. A commit without a change would sync nothing.
-                raw.execute(_TOUCH)
+                raw.execute(TOUCH)
             self._log.check_unmoved()
         self._end = end
         if len(self._known) + len(tips) > MAX_KNOWN_STREAMS:
