@@ -23,7 +23,8 @@ from eventrun.clock import time_ns
 from eventrun.codec import NO_DIGEST, Batch, Stream, digest, encode, seal
 from eventrun.errors import Closed, StoreError, StoreUnavailable
 from eventrun.events import Event
-from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, can_map, new_journal
+from eventrun.filesystems import file_system
+from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, new_journal
 from eventrun.pending import Pending
 from eventrun.portal import Portal
 from eventrun.recovery import RecoveryReport, recover_dead_writers
@@ -130,7 +131,7 @@ class Recorder:
         self._open_store = open_store
         self._on_fork = forked  # tells the client, and gives what of its own must stay referenced
         self._journals = None if folder is None else folder / "journals"
-        self._mapped = folder is not None and can_map(folder)
+        self._mapped = folder is not None and file_system(folder).mapped
         self._recordings: dict[str, Recording] = {}  # kept for good: a stream must go on where it ended
         self._store: Store | None = open_store()
         self._begin()

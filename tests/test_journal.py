@@ -30,7 +30,6 @@ from eventrun.events import NoteAdded
 from eventrun.journal import (
     Journal,
     JournalFolder,
-    can_map,
     dead_writers,
     new_journal,
     recover,
@@ -1036,41 +1035,6 @@ def test_a_thousand_streams_and_few_descriptors(tmp_path: Path, kind: str, soft:
     assert problems == []
     assert len(streams) == 1000
     assert all(sum(recover(s, b"", 0).events for s in found) == 20 for found in streams.values())
-
-
-MOUNTS = """
-22 1 254:0 / / rw,relatime shared:1 - {root} /dev/vda rw
-30 22 0:26 / /home rw - nfs4 server:/home rw
-31 30 0:27 / /home/me/fast\\040disk rw - xfs /dev/sdb rw
-32 22 0:28 / /mnt/données rw - cifs //server/x rw
-33 22 0:29 / /mnt/tmp rw shared:9 master:2 - tmpfs tmpfs rw
-34 22 0:30 / /mnt/tmp rw - fuse.sshfs host: rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "root", "expected"),
-    [
-        ("/data/runs", "ext4", True),
-        ("/data/runs", "overlay", False),
-        ("/data/runs", "btrfs", False),
-        ("/home/me/runs", "ext4", False),
-        ("/homes/runs", "ext4", True),
-        ("/home/me/fast disk/runs", "ext4", True),
-        ("/home/me/fast disk", "ext4", True),
-        ("/mnt/données/runs", "ext4", False),
-        ("/mnt/tmp/runs", "ext4", False),  # the later mount hides the earlier
-    ],
-)
-def test_what_can_be_mapped(path: str, root: str, expected: bool) -> None:
-    """Only file systems that keep what is allocated are mapped; the innermost mount decides."""
-    assert can_map(Path(path), MOUNTS.strip().format(root=root)) is expected
-
-
-def test_nothing_is_mapped_where_space_cant_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without posix_fallocate (macOS, Windows) or /proc nothing is mapped."""
-    monkeypatch.delattr(os, "posix_fallocate")
-    assert not can_map(tmp_path)
 
 
 # locks ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from eventrun.cli.opening import store_folder, store_url
 from eventrun.cli.verbs import Command
 from eventrun.clock import monotonic_ns, time_ns
 from eventrun.errors import EventrunError
-from eventrun.journal import DAMAGED_SUFFIX, can_map, dead_writers
+from eventrun.filesystems import file_system
+from eventrun.journal import DAMAGED_SUFFIX, dead_writers
 from eventrun.journal.segments import LOCK_NAME, owner
 from eventrun.stores import open_store
 from eventrun.summary import amount, duration, local_time, near, size
@@ -204,10 +205,11 @@ def _disk(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
     if folder is None:
         return
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    mapped = can_map(there)
-    kind = _file_system(there)
+    kind, mapped, network = file_system(there)
     trusted = "journals can be mapped files" if mapped else "not one whose mapped files can be trusted"
-    yield "file_system", kind, f"{kind or 'unknown'}: {trusted}"
+    where = "on a network" if network else "local"
+    yield "file_system", kind or None, f"{kind or 'unknown'}, {where}: {trusted}"
+    yield "network", network, "yes" if network else "no"
     promise = "crash_safe" if mapped else "accepted"
     yield "log_calls", promise, PROMISES[promise]
     usage = os.statvfs(there) if hasattr(os, "statvfs") else None
@@ -216,22 +218,6 @@ def _disk(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
         yield "free_space", free, size(free)
         if free < LEAST_SPACE_BYTES:
             problems.append(f"only {size(free)} are free on the disk of {near(there)}: free some space")
-
-
-def _file_system(path: Path) -> str | None:
-    """Name the file system that a path lies on (Linux)."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return None
-    best, kind = "", None
-    for line in mounts:
-        before, _, after = line.partition(" - ")
-        mount = before.split()[4].encode().decode("unicode_escape")
-        inside = path.is_relative_to(mount)
-        if inside and len(mount) >= len(best):
-            best, kind = mount, after.split()[0]
-    return kind
 
 
 def _clock(problems: list[str]) -> Iterator[Finding]:

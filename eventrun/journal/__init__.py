@@ -1,7 +1,7 @@
 """The mapped write-ahead journal: `segments` (its files), `writing` (the log call's side), `scan` (recovery's side)."""
 
 from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, keep_damaged, recover, segments_in
-from eventrun.journal.segments import JournalFolder, can_map, remove_folder
+from eventrun.journal.segments import JournalFolder, remove_folder
 from eventrun.journal.writing import Chunk, Journal, new_journal
 
 __all__ = [
@@ -10,7 +10,6 @@ __all__ = [
     "Journal",
     "JournalFolder",
     "Recovered",
-    "can_map",
     "dead_writers",
     "keep_damaged",
     "new_journal",

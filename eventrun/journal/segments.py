@@ -30,7 +30,6 @@ import itertools
 import json
 import mmap
 import os
-import re
 import shutil
 import struct
 import sys
@@ -55,7 +54,6 @@ MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
 RING_SLOTS = 32  # marks kept in a segment beyond one per 64 KiB
 MAX_ITEM_BYTES = 256 << 20  # of one event; SQLite takes up to 10^9
 MEMORY_BYTES = 64 << 20  # bound of what is kept in memory where no file can be written
-MAPPED_FILESYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "tmpfs"})  # keep what posix_fallocate promised
 
 MAGIC = b"evrnjrn" + (b"\x01" if sys.byteorder == "little" else b"\x81")
 FIXED = struct.Struct("=8sQQIIIH")  # from offset 8
@@ -491,28 +489,3 @@ def remove_folder(path: Path) -> None:
         if entry.name != LOCK_NAME:
             entry.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def can_map(path: Path, mountinfo: str | None = None) -> bool:
-    """Tell whether mapped files under `path` can be trusted: the file system must keep what is allocated.
-
-    `mountinfo` is the text of /proc/self/mountinfo.
-    """
-    if not hasattr(os, "posix_fallocate"):
-        return False
-    try:
-        text = (
-            Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape")
-            if mountinfo is None
-            else mountinfo
-        )
-    except OSError:
-        return False
-    best, kind = "", ""
-    place = os.path.realpath(path)
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        mount = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])  # of spaces
-        if (place == mount or place.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
-            best, kind = mount, after.split()[0]
-    return kind in MAPPED_FILESYSTEMS
