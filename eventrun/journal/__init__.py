@@ -1,16 +1,27 @@
 """The mapped write-ahead journal: `segments` (its files), `writing` (the log call's side), `scan` (recovery's side)."""
 
-from eventrun.journal.scan import DAMAGED_SUFFIX, Recovered, dead_writers, keep_damaged, recover, segments_in
+from eventrun.journal.scan import (
+    DAMAGED_SUFFIX,
+    Held,
+    Recovered,
+    dead_writers,
+    held,
+    keep_damaged,
+    recover,
+    segments_in,
+)
 from eventrun.journal.segments import JournalFolder, remove_folder
 from eventrun.journal.writing import Chunk, Journal, new_journal
 
 __all__ = [
     "DAMAGED_SUFFIX",
     "Chunk",
+    "Held",
     "Journal",
     "JournalFolder",
     "Recovered",
     "dead_writers",
+    "held",
     "keep_damaged",
     "new_journal",
     "recover",
