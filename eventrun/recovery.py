@@ -16,7 +16,7 @@ from eventrun.clock import time_ns
 from eventrun.codec import Stream, decode_items, digest, encode_item, items_of, payload_of, seal
 from eventrun.errors import Conflict, FormatTooNew, LogDamaged
 from eventrun.events import WriterEnded
-from eventrun.journal import dead_writers, keep_damaged, recover, remove_folder, segments_in
+from eventrun.journal import dead_writers, keep_damaged, of_earlier_boot, recover, remove_folder, segments_in
 from eventrun.journal.scan import Found, Recovered
 from eventrun.stores.base import Store, Tip
 
@@ -41,7 +41,7 @@ async def recover_dead_writers(store: Store, journals: Path) -> RecoveryReport:
             if not sound:
                 await _check_sound(store)
                 sound = True
-            await _recover_writer(store, folder, report)
+            await _recover_writer(store, folder, report, of_earlier_boot(descriptor))
         except (
             Conflict,
             FormatTooNew,
@@ -72,11 +72,11 @@ async def _check_sound(store: Store) -> None:
         )
 
 
-async def _recover_writer(store: Store, folder: Path, report: RecoveryReport) -> None:
-    streams, problems = segments_in(folder)
+async def _recover_writer(store: Store, folder: Path, report: RecoveryReport, torn: bool) -> None:
+    streams, problems = segments_in(folder, torn=torn)
     for stream, segments in streams.items():
         try:
-            report.events += await _recover_stream(store, stream, segments, problems)
+            report.events += await _recover_stream(store, stream, segments, problems, torn)
         except LogDamaged as error:
             problems.append(str(error))
     for stream in streams:
@@ -85,13 +85,16 @@ async def _recover_writer(store: Store, folder: Path, report: RecoveryReport) ->
     await store.settle()
     report.writers += 1
     if problems:
-        report.problems.extend(f"{folder.name}: {problem}" for problem in problems)
+        why = " (the machine went down: what had not reached the disk is lost)" if torn else ""
+        report.problems.extend(f"{folder.name}: {problem}{why}" for problem in problems)
         keep_damaged(folder)
     else:
         remove_folder(folder)
 
 
-async def _recover_stream(store: Store, stream: Stream, segments: list[Found], problems: list[str]) -> int:
+async def _recover_stream(
+    store: Store, stream: Stream, segments: list[Found], problems: list[str], torn: bool
+) -> int:
     tip = await store.tip(stream)
     events = position = 0
     for segment, following in zip_longest(segments, segments[1:]):
@@ -99,7 +102,7 @@ async def _recover_stream(store: Store, stream: Stream, segments: list[Found], p
             raise LogDamaged(f"{stream}: sequences {tip.sequence + 1} to {segment.first - 1} are missing")
         last = tip.sequence if following is None else min(following.first - 1, tip.sequence)
         logged, position = await _logged(store, stream, segment.first, last, position)
-        found = recover(segment, logged, max(0, last - segment.first + 1))
+        found = recover(segment, logged, max(0, last - segment.first + 1), torn=torn)
         if found.problem is not None:
             problems.append(f"{segment.path.name}: {found.problem}")
         if found.events:

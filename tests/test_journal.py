@@ -31,7 +31,6 @@ from eventrun.journal import (
     Journal,
     JournalFolder,
     dead_writers,
-    held,
     new_journal,
     recover,
     scan,
@@ -40,7 +39,7 @@ from eventrun.journal import (
     writing,
 )
 from eventrun.journal.scan import count_items
-from eventrun.journal.segments import LOCK_NAME, owner
+from eventrun.journal.segments import LOCK_NAME, NEW_LOCK_NAME, owner
 from eventrun.journal.writing import Chunk, LockedJournal, WrittenJournal
 
 STREAM = Stream("t/00000000000000ab", 0xABCDEF0123456789)
@@ -285,31 +284,6 @@ def test_the_next_segment_is_made_ahead(small: None, opened: Open, monkeypatch: 
     for i in range(19, 25):
         journal.append(item(i, 60))
     assert len(journal._full) == 1
-
-
-@pytest.mark.parametrize("kind", ["mapped", "written", "memory"])
-def test_what_is_trimmed_is_still_there(small: None, opened: Open, tmp_path: Path, kind: str) -> None:
-    """Pages that were given back to the system come again when they are read, and more can be written after them."""
-    journal = (
-        begun(JournalFolder(None))
-        if kind == "memory"
-        else opened(tmp_path / "journals", mapped=kind == "mapped")
-    )
-    sent = [item(i, 60 + i % 5 * 20) for i in range(300)]
-    taken: list[Chunk] = []
-    for i, data in enumerate(sent):
-        journal.append(data)
-        if i % 7 == 0:
-            while journal.trim():
-                pass
-            assert journal.resident_bytes <= (0 if kind == "mapped" else 8192)
-        if i % 50 == 49:
-            taken += take(journal, 700)
-    assert journal.oldest_ns == T0 + sum(chunk.events for chunk in taken)
-    if kind != "memory":
-        assert found_in(tmp_path / "journals") == (sent, [])
-    assert joined(taken + take_all(journal, 500)) == sent
-    assert journal.oldest_ns is None
 
 
 def test_an_event_that_is_too_large(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -834,23 +808,6 @@ def test_what_the_log_holds_is_compared(small: None, opened: Open) -> None:
         recover(segment, b"".join([*sent[:4], item(99, 60)]), 5)
 
 
-@pytest.mark.parametrize("mapped", [True, False])
-def test_what_the_log_lacks_is_told(small: None, opened: Open, tmp_path: Path, mapped: bool) -> None:
-    """How many events a journal holds beyond a sequence, how large and how old they are, without taking them in."""
-    journal = opened(tmp_path / "journals", mapped=mapped)
-    sent = [item(i, 60 + i % 5 * 20) for i in range(200)]
-    for logged in (0, 3, 100, 199, 200):
-        for data in sent[journal.next_sequence - 1 : max(logged, 10)]:
-            journal.append(data)
-        here = sent[logged : journal.next_sequence - 1]
-        ((_, found),) = segments_in(tmp_path / "journals")[0].items()
-        told = [held(segment, logged) for segment in found]
-        assert sum(each.events for each in told) == len(here)
-        assert sum(each.size for each in told) == sum(map(len, here))
-        times = [each.oldest_ns for each in told if each.oldest_ns is not None]
-        assert min(times, default=None) == (T0 + logged if here else None)
-
-
 def test_a_log_that_is_ahead_of_the_journal(small: None, opened: Open, tmp_path: Path) -> None:
     """After a power loss the log may hold more than the journal's pages: then there is nothing to do."""
     journal = opened()
@@ -861,6 +818,26 @@ def test_a_log_that_is_ahead_of_the_journal(small: None, opened: Open, tmp_path:
     (segment,) = segments_in(tmp_path / "early")[0][STREAM]
     found = recover(segment, b"".join(sent), 10)
     assert (found.first, found.events, found.problem) == (11, 0, None)
+
+
+def test_pages_that_a_power_loss_took(small: None, opened: Open) -> None:
+    """Pages that a power loss took are no damage where the log has their items, or where nothing begins."""
+    journal = opened()
+    sent = [item(i, 60) for i in range(10)]
+    for data in sent:
+        journal.append(data)
+    (segment,) = segments_in(path_of(journal))[0][STREAM]
+    with segment.path.open("r+b") as file:
+        file.seek(segment.start)
+        file.write(bytes(len(sent[0])))
+    found = recover(segment, b"".join(sent[:5]), 5, torn=True)
+    assert (split(found.payload), found.problem) == (sent[5:], None)
+    assert recover(segment, b"", 0, torn=True).problem is not None
+    with segment.path.open("r+b") as file:
+        file.seek(segment.base)
+        file.write(bytes(64))
+    assert segments_in(path_of(journal), torn=True) == ({}, [])
+    assert segments_in(path_of(journal))[1]
 
 
 def test_old_items_never_come_back(small: None, opened: Open) -> None:
@@ -1115,15 +1092,31 @@ def test_a_lock_that_is_not_ours_to_judge(tmp_path: Path) -> None:
         "w.damaged": mine,
         "container": {**mine, "host": "e0f1"},
         "earlier-boot": {**mine, "boot": "other"},
+        "new-of-earlier-boot": {**mine, "boot": "other"},
     }
     for name, text in locks.items():
         (tmp_path / name).mkdir()
-        lock = LOCK_NAME + ".new" if name == "beginning" else LOCK_NAME
+        lock = NEW_LOCK_NAME if name in ("beginning", "new-of-earlier-boot") else LOCK_NAME
         (tmp_path / name / lock).write_bytes(
             text.encode() if isinstance(text, str) else msgspec.json.encode(text)
         )
     (tmp_path / "file").touch()
-    assert dead(tmp_path) == ["container", "earlier-boot"]
+    assert dead(tmp_path) == ["container", "earlier-boot", "new-of-earlier-boot"]
+
+
+@pytest.mark.parametrize("left", [b"", bytes(76)])
+def test_a_lock_that_a_power_loss_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: bytes
+) -> None:
+    """A lock whose contents never reached the disk is a dead writer's of this host, unless others share the disk."""
+    for name, lock in {"w": LOCK_NAME, "beginning": NEW_LOCK_NAME}.items():
+        (tmp_path / "journals" / name).mkdir(parents=True)
+        (tmp_path / "journals" / name / lock).write_bytes(left)
+    mountinfo = tmp_path / "mountinfo"
+    monkeypatch.setattr("eventrun.filesystems.MOUNTINFO", mountinfo)
+    for kind, found in {"ext4": ["w"], "btrfs": ["w"], "nfs4": [], "": []}.items():
+        mountinfo.write_text(f"1 0 0:1 / / rw - {kind} /dev/sda rw" if kind else "")
+        assert dead(tmp_path / "journals") == found
 
 
 def test_the_lock_survives_neither_its_process_nor_a_child(opened: Open, tmp_path: Path) -> None:

@@ -2,11 +2,10 @@
 
 from eventrun.journal.scan import (
     DAMAGED_SUFFIX,
-    Held,
     Recovered,
     dead_writers,
-    held,
     keep_damaged,
+    of_earlier_boot,
     recover,
     segments_in,
 )
@@ -16,14 +15,13 @@ from eventrun.journal.writing import Chunk, Journal, new_journal
 __all__ = [
     "DAMAGED_SUFFIX",
     "Chunk",
-    "Held",
     "Journal",
     "JournalFolder",
     "Recovered",
     "dead_writers",
-    "held",
     "keep_damaged",
     "new_journal",
+    "of_earlier_boot",
     "recover",
     "remove_folder",
     "segments_in",

@@ -12,24 +12,23 @@ from zlib import adler32, crc32
 
 from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
+from eventrun.filesystems import file_system
 from eventrun.journal.segments import (
     FIXED,
     HEAD,
     LOCK_NAME,
     MAGIC,
     MARK,
+    NEW_LOCK_NAME,
     RING_AT,
     VACANT,
     owner,
     packed_mark,
 )
-from eventrun.journal.writing import ITEM_HEAD_BYTES, item_time
 
 DAMAGED_SUFFIX = (
     ".damaged"  # a writer's folder of which something could not be read; kept for a person to look at
 )
-
-ITEM = b"\x92"  # an item is an array of two
 
 
 class Found(NamedTuple):
@@ -77,79 +76,63 @@ def keep_damaged(folder: Path) -> None:
 
 
 def _lock_if_dead(folder: Path) -> int | None:
-    path = folder / LOCK_NAME
     try:
         import fcntl
-
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except (ImportError, OSError):  # no lock yet (about to begin), or none any more, or not ours to write
+    except ImportError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there, here = os.stat(path), os.fstat(descriptor)
-        same = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-        if same and _is_of_this_host(descriptor):
-            return descriptor
-    except OSError:  # held by a living writer, or removed meanwhile
-        pass
-    os.close(descriptor)
+    for path in (folder / LOCK_NAME, folder / NEW_LOCK_NAME):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no lock yet (about to begin), or none any more, or not ours to write
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there, here = os.stat(path), os.fstat(descriptor)
+            same = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+            if same and _is_of_this_host(descriptor, path):
+                return descriptor
+        except OSError:  # held by a living writer, or removed meanwhile
+            pass
+        os.close(descriptor)
     return None
 
 
-def _is_of_this_host(descriptor: int) -> bool:
+def _is_of_this_host(descriptor: int, path: Path) -> bool:
+    found, here = _owner_in(descriptor), owner()
+    if path.name == NEW_LOCK_NAME and found.get("boot") in (None, here["boot"]):
+        return False  # about to begin: another moment, and it is held under its name
+    if not os.pread(descriptor, 4096, 0).strip(b"\0"):
+        # It appears under its name with its contents, which a power loss may have kept from the disk. Whoever held it
+        # was of this host if no other one has this disk.
+        place = file_system(path)
+        return bool(place.kind) and not place.network
+    # Each container has a host name of its own, but what runs under this very kernel has told us all by its lock.
+    return found.get("host") == here["host"] or found.get("boot") == here["boot"] != ""
+
+
+def of_earlier_boot(descriptor: int) -> bool:
+    """Tell whether the machine went down since a dead writer's lock was made: not all of its files need be whole."""
+    return _owner_in(descriptor).get("boot") != owner()["boot"]
+
+
+def _owner_in(descriptor: int) -> dict[str, object]:
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
-        return False
-    here = owner()
-    # Each container has a host name of its own, but what runs under this very kernel has told us all by its lock.
-    return isinstance(found, dict) and (
-        found.get("host") == here["host"] or found.get("boot") == here["boot"] != ""
-    )
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-class Held(NamedTuple):
-    """What a writer's journals hold that the log doesn't."""
-
-    events: int = 0
-    size: int = 0  # bytes
-    oldest_ns: int | None = None  # the time of the oldest of them
-
-    def plus(self, other: Held) -> Held:
-        """Add up."""
-        times = [time for time in (self.oldest_ns, other.oldest_ns) if time is not None]
-        return Held(self.events + other.events, self.size + other.size, min(times, default=None))
-
-
-def held(segment: Found, logged: int) -> Held:
-    """Tell what a segment holds after the stream's sequence `logged`; about, as its writer may be writing."""
-    try:
-        data = segment.read()
-        now = _read_header(segment.path, segment.base, segment.size, data)
-    except (OSError, LogDamaged):  # given back meanwhile
-        return Held()
-    end = min(now.head[0], len(data))
-    if (now.stream, now.first) != (segment.stream, segment.first) or end <= now.start:
-        return Held()
-    past = max(0, logged - now.first + 1)
-    events = _count(now, data, end, (now.start, 0)) - past
-    at, count = max((at, count) for at, count, _ in ((now.start, 0, 0), *now.points) if count <= past)
-    at = count_items(data, at, end, most=past - count)[1]
-    if events <= 0 or data[at : at + 1] != ITEM:
-        return Held()
-    return Held(events, end - at, item_time(data[at : at + ITEM_HEAD_BYTES], 0))
-
-
-def segments_in(folder: Path) -> tuple[dict[Stream, list[Found]], list[str]]:
+def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[Found]], list[str]]:
     """Find all segments of a writer by stream, in order of sequence, and the problems of those that can't be read.
 
-    A stream whose segments are all empty is there, with an empty list.
+    A stream whose segments are all empty is there, with an empty list. `torn`: pages may be missing, see `recover`.
     """
     streams: dict[Stream, list[Found]] = {}
     problems: list[str] = []
     for path in sorted(folder.glob("*.arena")):
         try:
-            for found in _slots(path, problems):
+            for found in _slots(path, problems, torn):
                 segments = streams.setdefault(found.stream, [])
                 # One that a killed or interrupted log call was about to begin has another one's first sequence.
                 if found.points or found.head[0] != found.start:
@@ -161,12 +144,15 @@ def segments_in(folder: Path) -> tuple[dict[Stream, list[Found]], list[str]]:
     return streams, problems
 
 
-def _slots(path: Path, problems: list[str]) -> Iterator[Found]:
+def _slots(path: Path, problems: list[str], torn: bool) -> Iterator[Found]:
     size = int(path.stem.partition("-")[2])
     with path.open("rb") as file:
         base = 0
         while slot := file.read(size):
-            vacant = slot[: HEAD.size] == HEAD.pack(VACANT) or not slot.strip(b"\0")
+            # Where pages are missing, a slot that was given back may have kept some that are not its first.
+            vacant = slot[: HEAD.size] == HEAD.pack(VACANT) or not slot[: RING_AT if torn else None].strip(
+                b"\0"
+            )
             if not vacant:
                 try:
                     yield _read_header(path, base, size, slot)
@@ -195,10 +181,11 @@ def _read_header(path: Path, base: int, size: int, slot: bytes) -> Found:
     return Found(path, base, size, stream, first, start, (head & 0xFFFFFFFF, head >> 32), sorted(points))
 
 
-def recover(segment: Found, logged: bytes, logged_count: int) -> Recovered:
+def recover(segment: Found, logged: bytes, logged_count: int, *, torn: bool = False) -> Recovered:
     """Tell what a segment holds beyond its first `logged_count` items, whose bytes the log has as `logged`.
 
     Nothing is given that no checksum vouches for: a changed byte in an item need not keep it from being decoded.
+    `torn`: the machine went down and pages may be missing; nobody needs those whose items the log has.
     Raises LogDamaged when the log's bytes and the journal's are not the same and both can't be right.
     """
     data, start = segment.read(), segment.start
@@ -219,7 +206,7 @@ def recover(segment: Found, logged: bytes, logged_count: int) -> Recovered:
             end = whole
             problems.append("the segment's head is damaged, its items are whole")
     count = _count(segment, data, end, (done, logged_count))
-    if data[start:done] != logged:
+    if data[start:done] != logged and not torn:
         what = f"{segment.stream}: sequences {segment.first} to {segment.first + logged_count - 1} differ from the log"
         if problems and end == done:
             raise LogDamaged(what)
@@ -260,7 +247,7 @@ def _end_by_head(data: bytes, at: int, so_far: int, check: int) -> int | None:
 def count_items(data: bytes, at: int, end: int, most: int = sys.maxsize) -> tuple[int, int]:
     """Count the whole items between `at` and `end`, and tell where they stop."""
     count = 0
-    while count < most and at < end and data[at] == ITEM[0]:
+    while count < most and at < end and data[at] == 0x92:  # an item is an array of two
         after = _skip(data, at, end)
         if after < 0:
             break

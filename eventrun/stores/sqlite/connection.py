@@ -212,6 +212,8 @@ class Log:
                 raise StoreUnavailable(
                     f"{self.file} holds no log yet: its writer was stopped before the first append"
                 )
+            # Before there is a log that others could append to. SQLite syncs the folder, not what leads there.
+            sync_parents(self.file.parent)
             _use_wal(raw)
             raw.executescript(SCHEMA.read_text("utf-8"))
         elif application != APPLICATION_ID:
@@ -252,6 +254,25 @@ def _use_wal(raw: sqlite3.Connection) -> None:
         raise StoreUnavailable(
             "SQLite can't keep a write-ahead log in this folder (a network disk?): choose one on a local disk"
         )
+
+
+def sync_parents(folder: Path) -> None:
+    """Make a folder's name durable, and those of the folders that lead to it, which may be new as well.
+
+    After a power loss a folder may be gone with all that was synced in it, as long as its own name wasn't.
+    """
+    try:
+        device = os.stat(folder).st_dev
+        for each in folder.parents:
+            descriptor = os.open(each, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_dev != device:
+                    break
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError:  # not ours to read, so not new; or a system that has no such thing
+        pass
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
