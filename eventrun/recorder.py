@@ -39,6 +39,11 @@ BATCH_BYTES = 1 << 20  # about the most that one batch holds, unpacked
 COMMIT_BYTES = 16 << 20  # about the most that one append holds, unpacked
 PACKED_PER_COMMIT = 64  # zlib gives up the GIL; a busy main thread makes each return cost up to 5 ms
 SETTLE_BYTES = 32 << 20  # unpacked bytes between two settlings of the store
+UPKEEP_S = 0.1  # how often journals are looked after, also while the store keeps an append waiting
+RESIDENT_BYTES = 64 << 20  # about the most that mapped journals take of this process's memory
+# The most memory that recording takes, however much waits for the store: the journals' part, a commit unpacked and
+# packed, SQLite's cache, and what Python doesn't give back at once. Where no file can be written, MEMORY_BYTES more.
+RECORDING_BYTES = 160 << 20
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
 CLOSE_STORE_S = 1.0  # how long closing waits at least for the store's own end
 MAX_OPEN_JOURNALS = 10_000  # above it, streams that are idle give their journal back
@@ -53,6 +58,7 @@ class Statistics(Struct):
     dropped: int  # events lost because neither disk nor memory had room
     streams: int  # with an open journal
     held_bytes: int  # recorded, not durable yet
+    held_age_s: float  # how long ago the oldest of these was recorded; 0.0: there is none
     journal_bytes: int  # files taken by the journals
     memory_bytes: int  # journals in memory, where no file can be written
     acknowledgement: str  # what a returned log call means: "crash_safe" or "accepted"
@@ -145,6 +151,7 @@ class Recorder:
         path = None if self._journals is None else self._journals / f"{self.writer:016x}"
         self._folder = JournalFolder(path, mapped=self._mapped)
         self._flusher: Pending[None] | None = None
+        self._keeper: Pending[None] | None = None
         self._closed = False
         self._closing: Pending[int] | None = None
         self._gave_up = False  # the close left events in the journal
@@ -212,6 +219,7 @@ class Recorder:
     def _begin_flushing(self) -> None:
         try:
             self._flusher = self.portal.call(self._flush_for_ever)
+            self._keeper = self.portal.call(self._keep_up)
         except (
             RuntimeError
         ) as error:  # no thread to be had; the events are kept, and the next stream tries again
@@ -253,11 +261,37 @@ class Recorder:
             sizes = [len(each.chunk.payload) for each in self._sealed]
             if self._sealed:
                 await self._append_sealed()
-            for _, journal in self._open_journals():
-                journal.prepare()
+            self._prepare()
         if self._unsettled_bytes >= self._settle_at or (self._unsettled_bytes and self._wants_release()):
             self._begin_settling()
         return max(sizes, default=0) * 2 >= BATCH_BYTES or sum(sizes) * 2 >= COMMIT_BYTES
+
+    def _prepare(self) -> None:
+        for _, journal in self._open_journals():
+            journal.prepare()
+
+    async def _keep_up(self) -> None:
+        """Look after the journals beside the appends: however long the store takes, no log call waits for a file
+        to be made, and what was written doesn't stay in memory."""
+        import asyncio
+
+        while not self._closed:
+            await asyncio.sleep(UPKEEP_S)
+            try:
+                self._prepare()
+                await self._trim()
+            except Exception as error:  # noqa: BLE001 - of the one place: it is tried again
+                self._last_error = str(error) or repr(error)
+
+    async def _trim(self) -> None:
+        import asyncio
+
+        journals = [journal for _, journal in self._open_journals()]
+        if sum(journal.resident_bytes for journal in journals) <= RESIDENT_BYTES // 2:
+            return
+        for journal in journals:
+            while journal.trim():  # noqa: ASYNC110 - in between others may go on
+                await asyncio.sleep(0)
 
     def _begin_settling(self) -> asyncio.Task[bool]:
         # Beside the appends: a reader may hinder it for seconds.
@@ -458,12 +492,15 @@ class Recorder:
         """Count what was done and what is held. Cheap, on any thread."""
         recordings = tuple(self._recordings.values())
         journals = [journal for _, journal in self._open_journals()]
+        held = [(journal, size) for journal in journals if (size := journal.held_bytes)]
+        dates = [date for journal, _ in held if (date := journal.oldest_ns) is not None]
         return Statistics(
             writer=f"{self.writer:016x}",
             recorded=sum(recording.recorded for recording in recordings),
             dropped=self._folder.dropped_events,
             streams=len(journals),
-            held_bytes=sum(journal.held_bytes for journal in journals),
+            held_bytes=sum(size for _, size in held),
+            held_age_s=max(time_ns() - min(dates), 0) / 1e9 if dates else 0.0,
             journal_bytes=self._folder.file_bytes(),
             memory_bytes=self._folder.memory_bytes,
             acknowledgement="crash_safe" if self._folder.crash_safe else "accepted",
@@ -477,7 +514,7 @@ class Recorder:
     def forked(self) -> None:
         """In a fork's child: leave all of the parent's alone and be a new writer from the first record on."""
         journals = [recording.journal for recording in self._recordings.values()]
-        running = (self._flusher, self._closing, self._cycle_lock, self._settling)
+        running = (self._flusher, self._keeper, self._closing, self._cycle_lock, self._settling)
         _inherited.append((self._store, self._folder, self._sealed, journals, running, self._on_fork()))
         self._folder.abandon()
         self.portal.forget()

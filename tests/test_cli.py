@@ -544,6 +544,7 @@ def test_doctor_sees_writers(run: Run, tmp_path: Path) -> None:
         client.flush().result()
         found = run("--store", str(folder), "doctor", "--json").json
         assert [journal["state"] for journal in found["journals"]] == ["live"]
+        assert [journal["held_events"] for journal in found["journals"]] == [0]
         assert found["problems"] == []
     code = (
         f"import eventrun, os, signal; t = eventrun.open({str(folder)!r}, linger_ms=1e6).trial('p'); "
@@ -554,6 +555,12 @@ def test_doctor_sees_writers(run: Run, tmp_path: Path) -> None:
         shown = run("--store", str(folder), "doctor")
         assert shown.code == 1
         assert "killed writer" in shown.out
+        assert (
+            "holds 4 events that the log lacks, the oldest" in shown.out
+        )  # the project's and three of the trial
+    (dead,) = run("--store", str(folder), "doctor", "--json").json["journals"]
+    assert (dead["held_events"], dead["held_age_s"] < 600) == (4, True)
+    assert 0 < dead["held_bytes"] < dead["bytes"]
     run("--store", str(folder), "ls")
     assert run("--store", str(folder), "doctor").code == 0
 

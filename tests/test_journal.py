@@ -31,6 +31,7 @@ from eventrun.journal import (
     Journal,
     JournalFolder,
     dead_writers,
+    held,
     new_journal,
     recover,
     scan,
@@ -284,6 +285,31 @@ def test_the_next_segment_is_made_ahead(small: None, opened: Open, monkeypatch: 
     for i in range(19, 25):
         journal.append(item(i, 60))
     assert len(journal._full) == 1
+
+
+@pytest.mark.parametrize("kind", ["mapped", "written", "memory"])
+def test_what_is_trimmed_is_still_there(small: None, opened: Open, tmp_path: Path, kind: str) -> None:
+    """Pages that were given back to the system come again when they are read, and more can be written after them."""
+    journal = (
+        begun(JournalFolder(None))
+        if kind == "memory"
+        else opened(tmp_path / "journals", mapped=kind == "mapped")
+    )
+    sent = [item(i, 60 + i % 5 * 20) for i in range(300)]
+    taken: list[Chunk] = []
+    for i, data in enumerate(sent):
+        journal.append(data)
+        if i % 7 == 0:
+            while journal.trim():
+                pass
+            assert journal.resident_bytes <= (0 if kind == "mapped" else 8192)
+        if i % 50 == 49:
+            taken += take(journal, 700)
+    assert journal.oldest_ns == T0 + sum(chunk.events for chunk in taken)
+    if kind != "memory":
+        assert found_in(tmp_path / "journals") == (sent, [])
+    assert joined(taken + take_all(journal, 500)) == sent
+    assert journal.oldest_ns is None
 
 
 def test_an_event_that_is_too_large(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -806,6 +832,23 @@ def test_what_the_log_holds_is_compared(small: None, opened: Open) -> None:
     assert "sequences 1 to 5 differ from the log" in found.problem
     with pytest.raises(LogDamaged, match="sequences 1 to 5 differ from the log"):
         recover(segment, b"".join([*sent[:4], item(99, 60)]), 5)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_what_the_log_lacks_is_told(small: None, opened: Open, tmp_path: Path, mapped: bool) -> None:
+    """How many events a journal holds beyond a sequence, how large and how old they are, without taking them in."""
+    journal = opened(tmp_path / "journals", mapped=mapped)
+    sent = [item(i, 60 + i % 5 * 20) for i in range(200)]
+    for logged in (0, 3, 100, 199, 200):
+        for data in sent[journal.next_sequence - 1 : max(logged, 10)]:
+            journal.append(data)
+        here = sent[logged : journal.next_sequence - 1]
+        ((_, found),) = segments_in(tmp_path / "journals")[0].items()
+        told = [held(segment, logged) for segment in found]
+        assert sum(each.events for each in told) == len(here)
+        assert sum(each.size for each in told) == sum(map(len, here))
+        times = [each.oldest_ns for each in told if each.oldest_ns is not None]
+        assert min(times, default=None) == (T0 + logged if here else None)
 
 
 def test_a_log_that_is_ahead_of_the_journal(small: None, opened: Open, tmp_path: Path) -> None:

@@ -252,11 +252,12 @@ def test_statistics_add_up(make: Make) -> None:
     assert (before.recorded, before.durable, before.dropped, before.streams) == (30, 0, 0, 3)
     assert (before.held_bytes, before.batches, before.commits) == (size, 0, 0)
     assert (before.acknowledgement, before.problem, before.last_error) == ("crash_safe", None, None)
+    assert 0 < before.held_age_s < LONG
     assert before.journal_bytes > before.memory_bytes == 0
     assert before.writer == f"{recorder.writer:016x}"
     recorder.flush().result(LONG)
     flushed = recorder.statistics()
-    assert (flushed.recorded, flushed.durable, flushed.held_bytes) == (30, 30, 0)
+    assert (flushed.recorded, flushed.durable, flushed.held_bytes, flushed.held_age_s) == (30, 30, 0, 0.0)
     assert (flushed.batches, flushed.commits, flushed.failed_commits) == (3, 1, 0)
     record(recorder, "t/0", 1)
     assert (recorder.statistics().recorded, recorder.statistics().durable) == (31, 30)
@@ -658,6 +659,52 @@ def test_a_hindered_settle_hinders_nothing_else(
     report = following.portal.call(following.recover).result(LONG)
     assert (report.writers, report.events, report.problems) == (1, 0, [])
     assert left_behind(folder) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory by /proc")
+def test_a_backlog_doesnt_stay_in_memory(
+    folder: Path, make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an append hangs journals are made ahead all the same, and what they hold leaves this process's memory;
+    all of it is appended in the end."""
+    monkeypatch.setattr(recorder_module, "RESIDENT_BYTES", 2 << 20)
+    monkeypatch.setattr(recorder_module, "UPKEEP_S", 0.01)
+    inner = MemoryStore()
+    store = Broken(inner)
+    recorder = make(store, linger_ms=1.0)
+    pad = "x" * 1000
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text()
+        found = dict(line.split(":\t") for line in status.splitlines() if line.startswith("Rss"))
+        return sum(int(found[kind].split()[0]) << 10 for kind in ("RssFile", "RssShmem"))
+
+    before = resident()
+    for n in range(64_000):
+        recorder.stream(f"t/{n % 3}").record(NoteAdded(f"{n} {pad}"))
+    assert recorder.statistics().held_bytes > 64_000_000
+    until(lambda: resident() - before < 8 << 20)
+    store.mend()
+    recorder.flush().result(LONG)
+    assert recorder.close().result(LONG) == 0
+    found = logged(inner)
+    for first in range(3):
+        notes = [NoteAdded(f"{n} {pad}") for n in range(first, 64_000, 3)]
+        assert found[f"t/{first}@{recorder.writer:x}"] == notes
+
+
+def test_journals_are_made_ahead_while_an_append_hangs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the store takes, the next segment is there before a log call needs it."""
+    monkeypatch.setattr(recorder_module, "UPKEEP_S", 0.01)
+    store = Hanging(MemoryStore(), "append")
+    recorder = make(store, linger_ms=1.0, close_timeout_s=0.1)
+    record(recorder, "t/a", 1)
+    until(lambda: store.calls == ["append"])
+    recorder.stream("t/a").record(NoteAdded("x" * 10_000))  # more than half of the first segment
+    journal = recorder.stream("t/a").journal
+    assert journal is not None
+    until(lambda: journal._next is not None)
+    assert recorder.close().result(LONG) == 2
 
 
 # journals are given back ---------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from eventrun.cli.verbs import Command
 from eventrun.clock import monotonic_ns, time_ns
 from eventrun.errors import EventrunError
 from eventrun.filesystems import file_system
-from eventrun.journal import DAMAGED_SUFFIX, dead_writers
+from eventrun.journal import DAMAGED_SUFFIX, Held, dead_writers, held, segments_in
 from eventrun.journal.segments import LOCK_NAME, owner
 from eventrun.stores import open_store
+from eventrun.stores.base import Store
 from eventrun.summary import amount, duration, local_time, near, size
 
 LEAST_SPACE_BYTES = 100_000_000
@@ -47,7 +48,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     findings = [("store", url if folder is None else str(folder.absolute()), "")]
     findings += [
         *_store(url, folder, problems),
-        *_journals(folder, problems),
+        *_journals(url, folder, problems),
         *_disk(folder, problems),
         *_clock(problems),
     ]
@@ -137,7 +138,7 @@ def _bytes_of(files: Iterator[Path]) -> int:
 # journals ------------------------------------------------------------------------------------------------------
 
 
-def _journals(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
+def _journals(url: str, folder: Path | None, problems: list[str]) -> Iterator[Finding]:
     journals = None if folder is None else folder / "journals"
     if journals is None or not journals.is_dir():
         return
@@ -146,11 +147,17 @@ def _journals(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
         os.close(descriptor)  # the lock is given back at once: nothing is recovered here
         dead.add(path)
     found = [_journal(path, path in dead) for path in sorted(journals.iterdir()) if path.is_dir()]
+    waiting = _waiting(url, [journals / each["folder"] for each in found if each["state"] != "damaged"])
+    for each in found:
+        each |= _told(waiting.get(each["folder"]))
     states = Counter(each["state"] for each in found)
     shown = ", ".join(f"{count} {state}" for state, count in states.items()) or "none: no process writes now"
     yield "journals", found, shown
     for each in found:
         age = f"begun {duration(each['age_s'])} ago"
+        if each["held_events"]:
+            oldest = duration(each["held_age_s"])
+            age += f", holds {each['held_events']:,} events that the log lacks, the oldest {oldest} old"
         yield f"journal_{each['writer']}", each, f"{each['state']}, {size(each['bytes'])}, {age}{each['who']}"
         if each["state"] == "damaged":
             problems.append(
@@ -162,6 +169,39 @@ def _journals(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
         problems.append(
             f"{left} left a journal: `eventrun ls`, or whatever opens the store next, takes it in"
         )
+
+
+def _waiting(url: str, folders: list[Path]) -> dict[str, Held]:
+    """Tell by folder what the journals hold that the log lacks; nothing where the log can't be asked."""
+    import asyncio
+
+    async def ask() -> dict[str, Held]:
+        store = open_store(url, create=False)
+        try:
+            return {folder.name: await _held(store, folder) for folder in folders}
+        finally:
+            await store.aclose()
+
+    try:
+        return asyncio.run(ask())
+    except EventrunError:  # said above
+        return {}
+
+
+async def _held(store: Store, folder: Path) -> Held:
+    total = Held()
+    for stream, segments in segments_in(folder)[0].items():
+        logged = (await store.tip(stream)).sequence
+        for segment in segments:
+            total = total.plus(held(segment, logged))
+    return total
+
+
+def _told(waiting: Held | None) -> dict[str, Any]:
+    if waiting is None:
+        return {"held_events": None, "held_bytes": None, "held_age_s": None}
+    age_s = None if waiting.oldest_ns is None else max(time_ns() - waiting.oldest_ns, 0) / 1e9
+    return {"held_events": waiting.events, "held_bytes": waiting.size, "held_age_s": age_s}
 
 
 def _journal(path: Path, dead: bool) -> dict[str, Any]:

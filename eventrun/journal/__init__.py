@@ -2,8 +2,10 @@
 
 from eventrun.journal.scan import (
     DAMAGED_SUFFIX,
+    Held,
     Recovered,
     dead_writers,
+    held,
     keep_damaged,
     of_earlier_boot,
     recover,
@@ -15,10 +17,12 @@ from eventrun.journal.writing import Chunk, Journal, new_journal
 __all__ = [
     "DAMAGED_SUFFIX",
     "Chunk",
+    "Held",
     "Journal",
     "JournalFolder",
     "Recovered",
     "dead_writers",
+    "held",
     "keep_damaged",
     "new_journal",
     "of_earlier_boot",

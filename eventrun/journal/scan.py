@@ -25,10 +25,13 @@ from eventrun.journal.segments import (
     owner,
     packed_mark,
 )
+from eventrun.journal.writing import ITEM_HEAD_BYTES, item_time
 
 DAMAGED_SUFFIX = (
     ".damaged"  # a writer's folder of which something could not be read; kept for a person to look at
 )
+
+ITEM = b"\x92"  # an item is an array of two
 
 
 class Found(NamedTuple):
@@ -121,6 +124,38 @@ def _owner_in(descriptor: int) -> dict[str, object]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+class Held(NamedTuple):
+    """What a writer's journals hold that the log doesn't."""
+
+    events: int = 0
+    size: int = 0  # bytes
+    oldest_ns: int | None = None  # the time of the oldest of them
+
+    def plus(self, other: Held) -> Held:
+        """Add up."""
+        times = [time for time in (self.oldest_ns, other.oldest_ns) if time is not None]
+        return Held(self.events + other.events, self.size + other.size, min(times, default=None))
+
+
+def held(segment: Found, logged: int) -> Held:
+    """Tell what a segment holds after the stream's sequence `logged`; about, as its writer may be writing."""
+    try:
+        data = segment.read()
+        now = _read_header(segment.path, segment.base, segment.size, data)
+    except (OSError, LogDamaged):  # given back meanwhile
+        return Held()
+    end = min(now.head[0], len(data))
+    if (now.stream, now.first) != (segment.stream, segment.first) or end <= now.start:
+        return Held()
+    past = max(0, logged - now.first + 1)
+    events = _count(now, data, end, (now.start, 0)) - past
+    at, count = max((at, count) for at, count, _ in ((now.start, 0, 0), *now.points) if count <= past)
+    at = count_items(data, at, end, most=past - count)[1]
+    if events <= 0 or data[at : at + 1] != ITEM:
+        return Held()
+    return Held(events, end - at, item_time(data[at : at + ITEM_HEAD_BYTES], 0))
 
 
 def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[Found]], list[str]]:
@@ -247,7 +282,7 @@ def _end_by_head(data: bytes, at: int, so_far: int, check: int) -> int | None:
 def count_items(data: bytes, at: int, end: int, most: int = sys.maxsize) -> tuple[int, int]:
     """Count the whole items between `at` and `end`, and tell where they stop."""
     count = 0
-    while count < most and at < end and data[at] == 0x92:  # an item is an array of two
+    while count < most and at < end and data[at] == ITEM[0]:
         after = _skip(data, at, end)
         if after < 0:
             break

@@ -34,7 +34,6 @@ import shutil
 import struct
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +50,7 @@ WRITTEN_SEGMENT_BYTES = (
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
 WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
+TRIM_BYTES = 1 << 20  # pages given back at once: 0.1 ms, in which Python stands still
 RING_SLOTS = 32  # marks kept in a segment beyond one per 64 KiB
 MAX_ITEM_BYTES = 256 << 20  # of one event; SQLite takes up to 10^9
 MEMORY_BYTES = 64 << 20  # bound of what is kept in memory where no file can be written
@@ -63,13 +63,17 @@ MARK = struct.Struct("=QQII")
 MARK_FIELDS = struct.Struct("=QQI")
 RING_AT = 8 + FIXED.size + 2  # 48: aligned to 8
 HEAD = struct.Struct("=Q")
+CUT = struct.Struct("=QQQ")
+
+# Elsewhere than on Linux the same word may mean that the bytes are not needed any more.
+CAN_TRIM = sys.platform == "linux" and hasattr(mmap, "MADV_DONTNEED")
 
 
 class Segment:
     """A stretch of one stream in one buffer: a slot of a mapped arena, memory with a file behind it, or memory."""
 
     __slots__ = ("base", "buffer", "count", "cuts", "end", "first", "head", "last", "place", "ring",
-                 "size", "start", "taken", "taken_count", "turns", "written", "written_turns")  # fmt: skip
+                 "size", "start", "taken", "taken_count", "trimmed", "turns", "written", "written_turns")  # fmt: skip
 
     def __init__(self, buffer: memoryview, base: int, size: int, place: Slot | None) -> None:
         self.buffer = buffer
@@ -88,9 +92,8 @@ class Segment:
         self.first = first
         self.end = self.taken = self.last = self.start
         self.count = self.taken_count = 0
-        self.cuts: deque[tuple[int, int, int]] = (
-            deque()
-        )  # (end, count, start of last item): where batches may end
+        self.trimmed = 0  # up to where its pages were given back to the system
+        self.cuts = bytearray()  # (end, count, start of last item), packed: where batches may end
         fields = (MAGIC, stream.writer, first, self.start, self.ring)
         check = crc32(subject, crc32(FIXED.pack(*fields, 0, len(subject))))
         base = self.base
@@ -113,8 +116,13 @@ class Segment:
         buffer = self.buffer
         if buffer:
             return bytes(buffer[self.base + start : self.base + end])
-        assert self.place is not None
-        return self.place.read(start, end - start)
+        # Without a place: memory that another thread has just given back, because the log holds it.
+        return b"" if self.place is None else self.place.read(start, end - start)
+
+    def trim(self, start: int, end: int) -> None:
+        """Give the pages of a mapped stretch back to the system: the file keeps them, and who looks gets them again."""
+        if self.place is not None and self.buffer:
+            self.place.arena.trim(self.base + start, self.base + end)
 
     def write(self) -> None:
         """Copy what is new to the file behind this memory: items and marks, then the head that makes them count."""
@@ -191,7 +199,8 @@ class Slot(NamedTuple):
 class Arena:
     """A file of equal slots: mapped, or only written to. It lives as long as somebody looks at it."""
 
-    view: memoryview  # of a mapped one
+    mapping: mmap.mmap  # of a mapped one
+    view: memoryview
 
     def __init__(self, path: Path, slot_bytes: int, slots: int, *, mapped: bool) -> None:
         self.path = path
@@ -204,7 +213,8 @@ class Arena:
             try:
                 # A hole on a full disk would be a SIGBUS at the copy; space that is taken beforehand can't be one.
                 os.posix_fallocate(self.descriptor, 0, size)
-                self.view = memoryview(mmap.mmap(self.descriptor, size))
+                self.mapping = mmap.mmap(self.descriptor, size)
+                self.view = memoryview(self.mapping)
             except OSError:
                 path.unlink()
                 raise
@@ -236,6 +246,15 @@ class Arena:
         self.vacant.extend(taken)
         return False
 
+    def trim(self, start: int, end: int) -> None:
+        """Give pages back to the system. Of a shared mapping that drops no byte, only this process's hold on them."""
+        start = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self.mapped and CAN_TRIM and start < end:
+            try:
+                self.mapping.madvise(mmap.MADV_DONTNEED, start, min(end, len(self.mapping)) - start)
+            except OSError:  # a process that keeps all of its memory locked (mlockall)
+                pass
+
     def empty(self, base: int) -> None:
         """Take a slot back, emptied: old items must never look like new ones."""
         if not self.mapped:
@@ -245,6 +264,7 @@ class Arena:
         head[0] = VACANT
         self.view[base + 8 : base + self.slot_bytes] = bytes(self.slot_bytes - 8)
         head[0] = 0
+        self.trim(base, base + self.slot_bytes)
         self.vacant.append(base)
 
 

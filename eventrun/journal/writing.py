@@ -12,9 +12,18 @@ from zlib import adler32
 import msgspec
 
 from eventrun.codec import Stream
-from eventrun.errors import InvalidValue
-from eventrun.journal.segments import MARK_BYTES, MAX_ITEM_BYTES, NO_ITEMS, JournalFolder, Segment
+from eventrun.errors import InvalidValue, LogDamaged
+from eventrun.journal.segments import (
+    CUT,
+    MARK_BYTES,
+    MAX_ITEM_BYTES,
+    NO_ITEMS,
+    TRIM_BYTES,
+    JournalFolder,
+    Segment,
+)
 
+ITEM_HEAD_BYTES = 10  # an item up to its time
 INTERPRETER_LOCK: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
@@ -109,7 +118,7 @@ class Journal:
             if end + size <= self._limit:  # another thread has just made room
                 return True
             if end + size <= segment.size:
-                segment.cuts.append((end, count, last))
+                segment.cuts += CUT.pack(end, count, last)
                 segment.mark(end, count, check)
                 limit = min(segment.size, end + max(MARK_BYTES, size))
                 if self._segment is segment:
@@ -201,6 +210,50 @@ class Journal:
         here = 0 if segment is None else end - segment.taken
         return here + sum(s.end - s.taken for s in full) if full else here
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of items whose pages were not given back yet, see `trim`."""
+        with self._guard:
+            full, segment, end, _, _, _ = self._now()
+        here = 0 if segment is None else end - segment.trimmed
+        return here + sum(s.end - s.trimmed for s in full if s.buffer)
+
+    @property
+    def oldest_ns(self) -> int | None:
+        """The time of the oldest event that no confirmed batch holds."""
+        while True:
+            with self._guard:
+                full, segment, end, _, _, _ = self._now()
+            held = (
+                s for s in (*full, segment) if s is not None and (end if s is segment else s.end) > s.taken
+            )
+            oldest = next(held, None)
+            if oldest is None:
+                return None
+            taken = oldest.taken
+            try:
+                item = oldest.read(taken, min(taken + ITEM_HEAD_BYTES, oldest.size))
+            except (OSError, LogDamaged):  # its file was cut off: the flusher will say so
+                return None
+            # What has been taken meanwhile may have been given back, and be another stream's by now.
+            if oldest.taken == taken:
+                return item_time(item, 0)
+
+    def trim(self) -> bool:
+        """Give back about TRIM_BYTES of pages of mapped files that were written; True when more may follow."""
+        with self._guard:
+            full, segment, end, _, _, _ = self._now()
+        left = TRIM_BYTES
+        for each in full if segment is None else (*full, segment):
+            start, stop = each.trimmed, end if each is segment else each.end
+            stop = min(stop, start + left)
+            each.trim(start, stop)
+            each.trimmed = stop
+            left -= stop - start
+            if not left:
+                return True
+        return False
+
     def peek(self, limit_bytes: int) -> list[Chunk]:
         """Copy what is not confirmed yet, in order, at most about `limit_bytes`; at least one chunk, one a segment."""
         with self._guard:
@@ -214,7 +267,7 @@ class Journal:
                 continue
             whole = end - segment.taken <= limit_bytes
             if not whole:
-                cuts = [c for c in segment.cuts.copy() if segment.taken < c[0] <= end]
+                cuts = [c for c in CUT.iter_unpack(bytes(segment.cuts)) if segment.taken < c[0] <= end]
                 fits = [c for c in cuts if c[0] - segment.taken <= limit_bytes]
                 end, count, last = fits[-1] if fits else cuts[0] if cuts else (end, count, last)
             chunks.append(_chunk(segment, end, count, last))
@@ -229,10 +282,11 @@ class Journal:
             segment = next(
                 s for s in here if s.first + s.taken_count == chunk.first and s.taken < self._end_of(s)
             )
+            before = segment.taken
             segment.taken += len(chunk.payload)
             segment.taken_count += chunk.events
-            while segment.cuts and segment.cuts[0][0] <= segment.taken:
-                segment.cuts.popleft()
+            if before < segment.trimmed:  # the look has brought them back
+                segment.trim(before, segment.taken)
             _, current, end, _, check, count = self._now()
             if segment is current and segment.taken == end:
                 segment.mark(end, count, check)
