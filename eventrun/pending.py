@@ -7,28 +7,88 @@ Work runs on eventrun's own threads. `Pending` waits for one answer, `Query` for
 from __future__ import annotations
 
 import sys
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from eventrun.clock import sleep
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future  # imported on first use: it loads logging
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
+class Answer(Generic[T]):
+    """Where one answer, or an error, arrives; set once.
+
+    It needs no lock that whoever waits could hold: a signal handler may stop him at any call and wait for the same
+    thread. (concurrent.futures.Future has one: a handler that came while `result` held it hung with the thread that
+    was to set it.)
+    """
+
+    __slots__ = ("_callbacks", "_outcome")
+
+    def __init__(self) -> None:
+        self._outcome: tuple[T | None, BaseException | None] | None = None
+        self._callbacks: deque[Callable[[], object]] = deque()
+
+    def done(self) -> bool:
+        """Tell whether it is there."""
+        return self._outcome is not None
+
+    def set(self, value: T) -> None:
+        """Give the answer to all who wait."""
+        self._outcome = (value, None)
+        self._call()
+
+    def fail(self, error: BaseException) -> None:
+        """Give all who wait an error instead."""
+        self._outcome = (None, error)
+        self._call()
+
+    def when_done(self, callback: Callable[[], object]) -> None:
+        """Have this called once: on the thread that sets the answer, or at once when it is there."""
+        self._callbacks.append(callback)
+        if self._outcome is not None:
+            self._call()
+
+    def _call(self) -> None:
+        while self._callbacks:
+            try:
+                callback = self._callbacks.popleft()
+            except IndexError:  # the other thread was faster
+                return
+            callback()
+
+    def wait(self, timeout: float | None = None) -> T:
+        """Wait for it, at most `timeout` seconds. Raises the error, or TimeoutError."""
+        if self._outcome is None:
+            there = threading.Lock()
+            there.acquire()
+            self.when_done(there.release)
+            if not there.acquire(timeout=-1 if timeout is None else max(timeout, 0)):
+                raise TimeoutError
+        return self.value()
+
+    def value(self) -> T:
+        """Return it, which must be there. Raises the error."""
+        assert self._outcome is not None
+        value, error = self._outcome
+        if error is not None:
+            raise error
+        return cast(T, value)
+
+
 class Pending(Generic[T]):
     """One answer that is on its way: `await pending`, or `pending.result(timeout)` in sync code."""
 
-    def __init__(self, future: Future[T], forbidden_thread: Callable[[], bool] | None = None) -> None:
-        self._future = future
+    def __init__(self, answer: Answer[T], forbidden_thread: Callable[[], bool] | None = None) -> None:
+        self.answer = answer
         self._on_worker = forbidden_thread
 
     def done(self) -> bool:
         """Tell whether the answer, or the error, is there."""
-        return self._future.done()
+        return self.answer.done()
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the answer, at most `timeout` seconds.
@@ -36,30 +96,29 @@ class Pending(Generic[T]):
         Raises TimeoutError when it takes longer; the work goes on. Works on any thread, also inside a running
         event loop (a notebook), which it then holds up; on eventrun's own threads it would wait for itself and raises.
         """
-        if self._on_worker is not None and self._on_worker() and not self._future.done():
+        if self._on_worker is not None and self._on_worker() and not self.answer.done():
             raise RuntimeError("result() on eventrun's own thread would wait for itself: use await there")
-        return self._future.result(timeout)
+        return self.answer.wait(timeout)
 
     def __await__(self) -> Generator[Any, Any, T]:
         return self._wait().__await__()
 
     async def _wait(self) -> T:
         await self._arrival()
-        return self._future.result()
+        return self.answer.value()
 
     async def _arrival(self) -> None:
-        if not self._future.done():
-            await _until_done(self._future)
+        if not self.answer.done():
+            await _until_done(self.answer)
 
 
-async def _until_done(future: Future[Any]) -> None:
+async def _until_done(answer: Answer[Any]) -> None:
     # Each loop is woken by its own thread-safe call. anyio.from_thread would do for both, but it blocks the thread
     # that calls it until the loop has run: a training that holds its loop for seconds would hold up the flusher.
     import anyio
 
     event = anyio.Event()
-    wake = _waker(event.set)
-    future.add_done_callback(lambda _: wake())
+    answer.when_done(_waker(event.set))
     await event.wait()
 
 
@@ -123,22 +182,23 @@ class Query(Generic[T]):
 
     def first(self) -> Pending[T | None]:
         """Ask for the first item; None when there is none (yet)."""
-        from concurrent.futures import Future
+        first: Answer[T | None] = Answer()
 
-        first: Future[T | None] = Future()
-
-        def look(future: Future[Page[T]]) -> None:
+        def look(page: Answer[Page[T]]) -> None:
             try:
-                items, cursor = future.result()
+                items, cursor = page.value()
                 if not items and cursor is not None and self._poll_s is None:  # more pages come
-                    self._fetch(cursor)._future.add_done_callback(look)
+                    ask(self._fetch(cursor))
                 else:
-                    first.set_result(items[0] if items else None)
+                    first.set(items[0] if items else None)
             except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
-                first.set_exception(error)
+                first.fail(error)
+
+        def ask(asked: Pending[Page[T]]) -> None:
+            asked.answer.when_done(lambda: look(asked.answer))
 
         asked = self._fetch(self._start)
-        asked._future.add_done_callback(look)
+        ask(asked)
         return Pending(first, asked._on_worker)
 
 
@@ -173,15 +233,13 @@ class _Walk(AsyncIterator[T]):
 
 def then(pending: Pending[T], change: Callable[[T], U]) -> Pending[U]:
     """Make a Pending of `change(answer)`; an error passes through."""
-    from concurrent.futures import Future
+    changed: Answer[U] = Answer()
 
-    changed: Future[U] = Future()
-
-    def forward(future: Future[T]) -> None:
+    def forward() -> None:
         try:
-            changed.set_result(change(future.result()))
-        except BaseException as error:  # noqa: BLE001 - handed on to whoever waits, as Future itself does
-            changed.set_exception(error)
+            changed.set(change(pending.answer.value()))
+        except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
+            changed.fail(error)
 
-    pending._future.add_done_callback(forward)
+    pending.answer.when_done(forward)
     return Pending(changed, pending._on_worker)

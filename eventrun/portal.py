@@ -15,13 +15,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun.errors import Closed
-from eventrun.pending import Pending
+from eventrun.pending import Answer, Pending
 
 if TYPE_CHECKING:
     import asyncio
-    from concurrent.futures import Future  # imported on first use: it loads logging
 
-    _Call = tuple[Future[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
+    _Call = tuple[Answer[Any], Callable[..., Coroutine[Any, Any, Any]], tuple[Any, ...]]
 
 T = TypeVar("T")
 
@@ -45,6 +44,10 @@ class Portal:
     """Start work on eventrun's threads from any other thread."""
 
     def __init__(self) -> None:
+        # asyncio needs it. Not imported by the loop's thread, since it registers hooks for forks: a fork that waits for
+        # that import would call only those for after it. Nor by the first call, which a handler may interrupt.
+        import logging  # noqa: F401
+
         self._begin()
 
     def _begin(self) -> None:
@@ -66,33 +69,29 @@ class Portal:
 
     def call(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> Pending[T]:
         """Run a coroutine function on the background loop. Doesn't wait, not even for the loop to start."""
-        from concurrent.futures import Future
-
-        future: Future[T] = Future()
+        answer: Answer[T] = Answer()
         with self._lock:
             loop = self._running_loop()
-            loop.put((future, function, arguments))
-        return Pending(future, lambda: threading.current_thread() is loop.thread)
+            loop.put((answer, function, arguments))
+        return Pending(answer, lambda: threading.current_thread() is loop.thread)
 
     def read(self, function: Callable[..., T], *arguments: Any) -> Pending[T]:
         """Run a function on the reader thread, after those asked for before it."""
-        from concurrent.futures import Future
-
-        future: Future[T] = Future()
+        answer: Answer[T] = Answer()
 
         def job() -> None:
             try:
                 result = function(*arguments)
             except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
-                future.set_exception(error)
+                answer.fail(error)
             else:
-                future.set_result(result)
+                answer.set(result)
 
         with self._lock:
             reader = self._running_reader()
             reader.put(job)
         # Not on the loop's thread either: what is read may need the loop.
-        return Pending(future, lambda: threading.current_thread() is reader.thread or self._on_loop())
+        return Pending(answer, lambda: threading.current_thread() is reader.thread or self._on_loop())
 
     def stop(self) -> None:
         """End both threads. What the reader was asked for is done first, what still runs on the loop is cancelled."""
@@ -180,14 +179,14 @@ class _Loop:
             self._tasks.add(task)  # a loop holds its tasks only weakly
             task.add_done_callback(partial(self._ended, call[0]))
 
-    def _ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
+    def _ended(self, answer: Answer[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not future.done():  # cancelled, maybe before it began; whoever waits was not cancelled himself
-            future.set_exception(Closed("eventrun was closed before the answer came"))
+        if not answer.done():  # cancelled, maybe before it began; whoever waits was not cancelled himself
+            answer.fail(Closed("eventrun was closed before the answer came"))
 
 
 async def _answer(
-    future: Future[T], function: Callable[..., Coroutine[Any, Any, T]], arguments: tuple[Any, ...]
+    answer: Answer[T], function: Callable[..., Coroutine[Any, Any, T]], arguments: tuple[Any, ...]
 ) -> None:
     import asyncio
 
@@ -196,9 +195,9 @@ async def _answer(
     except asyncio.CancelledError:
         raise
     except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
-        future.set_exception(error)
+        answer.fail(error)
     else:
-        future.set_result(result)
+        answer.set(result)
 
 
 class _Reader:

@@ -179,7 +179,9 @@ class Recorder:
         with self._lock:
             recording = self._recordings.get(subject)
             if recording is None:
-                recording = self._recordings[subject] = Recording(self, subject)
+                made = Recording(self, subject)
+                # A finalizer or signal handler that logs to the same subject may have come in between.
+                recording = self._recordings.setdefault(subject, made)
             return recording
 
     def open_journal(self, recording: Recording) -> Journal | None:

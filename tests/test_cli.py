@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from eventrun.cli import main, terminal
 from eventrun.cli.opening import moment
 from eventrun.cli.verbs import VERBS, parse
 from eventrun.errors import InvalidValue
-from eventrun.pending import Pending
+from eventrun.pending import Answer, Pending
 from eventrun.summary import width
 
 NAMES = ("plain", "ünïcode 学習率", "n" * 200, "esc\x1b[2Jape\nline", "[bold]markup[/bold]")
@@ -757,12 +756,12 @@ def test_progress_tells_what_is_done_and_leaves_nothing(screen: Terminal) -> Non
 
 def test_waiting_shows_that_something_is_going_on(screen: Terminal) -> None:
     """An answer that takes long is waited for under its label; its error is raised as it is."""
-    slow: Future[int] = Future()
-    threading.Timer(0.3, slow.set_result, (7,)).start()
+    slow: Answer[int] = Answer()
+    threading.Timer(0.3, slow.set, (7,)).start()
     assert terminal.wait(Pending(slow), "thinking") == 7
     assert "thinking" in screen.getvalue()
-    failed: Future[int] = Future()
-    failed.set_exception(TimeoutError("of the work itself"))
+    failed: Answer[int] = Answer()
+    failed.fail(TimeoutError("of the work itself"))
     with pytest.raises(TimeoutError, match="of the work itself"):
         terminal.wait(Pending(failed), "failing")
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 import eventrun
 from eventrun import clock
 from eventrun.errors import NotFound
-from eventrun.pending import Pending
+from eventrun.pending import Answer, Pending
 from eventrun.summary import (
     ASCII_BARS,
     ASCII_NOT_FINITE,
@@ -305,10 +304,10 @@ class Stuck:
         return SimpleNamespace(recorded=45_210)
 
     def get(self, trial: str, *, fresh: bool = True) -> Pending[Any]:
-        future: Future[Any] = Future()
+        answer: Answer[Any] = Answer()
         if self._error is not None:
-            future.set_exception(self._error)
-        return Pending(future)
+            answer.fail(self._error)
+        return Pending(answer)
 
 
 @pytest.mark.parametrize("error", [None, NotFound("gone")])

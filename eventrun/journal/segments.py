@@ -35,6 +35,7 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -293,6 +294,11 @@ class JournalFolder:
         """Tell whether what is appended survives a kill of the process."""
         return self.path is not None and self.problem is None
 
+    @property
+    def ended(self) -> bool:
+        """Tell whether the writer has ended, or belongs to a fork's parent."""
+        return self._abandoned
+
     def segment(self, stream: Stream, item_bytes: int = 0, previous: int = 0) -> Segment | None:
         """Find room for more items of a stream: a slot of an arena, memory, or None when that is full too."""
         try:
@@ -300,7 +306,8 @@ class JournalFolder:
                 least = self.size_for(stream, item_bytes, 0)
                 return self._in_arena(self.size_for(stream, item_bytes, previous), least)
         except OSError as error:  # the disk is full, or gone: memory takes over until it works again
-            self.note(error)
+            if not self._abandoned:  # else the writer has just ended, and the folder with it
+                self.note(error)
         return self._in_memory(size_for(stream, item_bytes, previous, WRITTEN_SEGMENT_BYTES), None)
 
     def _open(self) -> bool:
@@ -314,7 +321,9 @@ class JournalFolder:
             self._descriptor = _make_locked(self.path)
         finally:
             self._opening = False
-        return True
+        if self.ended:  # meanwhile, by another thread or a signal handler
+            self.remove()
+        return not self.ended
 
     def size_for(self, stream: Stream, item_bytes: int, previous: int) -> int:
         """Choose a segment's size, see `size_for`."""
@@ -370,7 +379,13 @@ class JournalFolder:
 
     def _arena(self, size: int, slots: int, *, mapped: bool) -> Arena:
         assert self.path is not None
-        return Arena(self.path / f"{next(self._numbers)}-{size}.arena", size, slots, mapped=mapped)
+        arena = Arena(self.path / f"{next(self._numbers)}-{size}.arena", size, slots, mapped=mapped)
+        if self._abandoned:  # the writer has ended meanwhile, and nobody else would remove it
+            arena.path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: it wasn't removed
+                self.path.rmdir()
+            raise OSError("the writer has ended")
+        return arena
 
     def save(self, segment: Segment) -> bool:
         """Bring a segment that will not change any more to a file, if only memory holds it; False when that fails."""
