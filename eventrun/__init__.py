@@ -29,7 +29,9 @@ from eventrun.trial import Chrono, Trial
 
 if TYPE_CHECKING:
     from eventrun.aggregators import Ring, Stat, TimeSeries, Value
+    from eventrun.damage import Damage
     from eventrun.projections import Projection
+    from eventrun.projector import VerifyReport
     from eventrun.query import Series
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "Client",
     "Closed",
     "Conflict",
+    "Damage",
     "EventrunError",
     "FormatTooNew",
     "InvalidType",
@@ -58,6 +61,7 @@ __all__ = [
     "TimeSeries",
     "Trial",
     "Value",
+    "VerifyReport",
     "__version__",
     "current_trial",
     "open",
@@ -65,6 +69,8 @@ __all__ = [
 
 # Found on first use: a training that only records needn't import what reads.
 _LATER = {
+    "Damage": "eventrun.damage",
+    "VerifyReport": "eventrun.projector",
     "Projection": "eventrun.projections",
     "Series": "eventrun.query",
     **dict.fromkeys(("Ring", "Stat", "TimeSeries", "Value"), "eventrun.aggregators"),

@@ -32,6 +32,7 @@ ZLIB_LEVEL = (
 DIGEST_BYTES = 16
 NO_DIGEST = bytes(DIGEST_BYTES)  # what the first batch of a stream has as its previous
 ENVELOPE_MAGIC = b"ER"
+MAX_PAYLOAD_BYTES = 512 << 20  # of a batch or an envelope, unpacked; one event has at most half of it
 
 Item = tuple[int, Event]
 
@@ -233,10 +234,41 @@ def _unpack(codec: int, body: bytes) -> bytes:
         raise FormatTooNew(
             f"a payload is packed by codec {codec}, which this eventrun doesn't know: upgrade eventrun"
         )
+    payload, _ = _inflate(body)
+    return payload
+
+
+def _inflate(body: bytes) -> tuple[bytes, bytes]:
+    """Unpack, and return what follows too. Bounded: a thousand bytes may claim to be a million."""
+    unpacker = zlib.decompressobj()
     try:
-        return zlib.decompress(body)
+        payload = unpacker.decompress(body, MAX_PAYLOAD_BYTES)
     except zlib.error as error:
         raise LogDamaged(f"a payload can't be unpacked: {error}") from error
+    if not unpacker.eof:
+        what = f"has more than {MAX_PAYLOAD_BYTES:,} bytes" if unpacker.unconsumed_tail else "is cut off"
+        raise LogDamaged(f"a payload can't be unpacked: it {what}")
+    return payload, unpacker.unused_data
+
+
+def cut_batch(data: bytes) -> Batch | None:
+    """Cut a batch out of bytes that begin with it and go on after it; None if it isn't whole. Raises LogDamaged."""
+    batch = open_batch(data)
+    start = 6 + int.from_bytes(data[:2], "big")
+    body = data[start:]
+    if batch.header.codec == ZLIB:
+        try:
+            payload, rest = _inflate(body)
+        except LogDamaged:
+            return None
+        whole = zlib.crc32(payload) == batch.header.crc
+        return Batch(batch.header, data[: len(data) - len(rest)]) if whole else None
+    check = 0
+    for end in range(1, len(body) + 1):
+        check = zlib.crc32(body[end - 1 : end], check)
+        if check == batch.header.crc:
+            return Batch(batch.header, data[: start + end])
+    return None
 
 
 def encode_envelope(batches: Sequence[Batch], codec: int = RAW) -> bytes:

@@ -71,6 +71,9 @@ class Conflict(StoreError):
     """A stream is not where the caller expected it to be."""
 
 
+SALVAGE = "`eventrun verify` lists all damage, `eventrun salvage OUT` saves what can be read"
+
+
 class LogDamaged(StoreError):
     """Bytes of the log or of a journal are not what was written.
 

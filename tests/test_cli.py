@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -446,6 +447,74 @@ def test_verify_finds_damage(tmp_path: Path, run: Run) -> None:
     assert shown.out
     assert "Traceback" not in shown.err
     assert run("--store", str(folder), "verify", "--json").json["problems"]
+
+
+def test_verify_tells_ranges_in_a_table(tmp_path: Path, run: Run) -> None:
+    """Where, what it costs, what: a line for each stretch of damage; the same as JSON."""
+    folder = tmp_path / "runs"
+    with eventrun.open(folder, quiet=True, linger_ms=1) as client, client.trial("p") as trial:
+        for step in range(20):
+            trial.log(loss=step * 0.1, step=step)
+            client.flush().result()
+    raw = sqlite3.connect(folder / "log.db", isolation_level=None)
+    raw.execute("DELETE FROM batches WHERE position IN (7, 8, 12)")
+    raw.close()
+    shown = run("--store", str(folder), "verify")
+    assert shown.code == 1
+    assert re.match(r"where +costs +what$", shown.lines[0])
+    assert re.match(r"positions 7\.\.8 +2 events +are missing", shown.lines[1])
+    assert any(re.match(r"positions 12\.\.12 +1 event +are missing", line) for line in shown.lines)
+    assert "salvage OUT" in shown.err
+    problems = run("--store", str(folder), "verify", "--json").json["problems"]
+    assert problems[0] == {
+        "kind": "positions", "where": "", "first": 7, "last": 8, "what": problems[0]["what"], "events": 2,
+        "text": f"positions 7..8: {problems[0]['what']}",
+    }  # fmt: skip
+
+
+def test_verify_tells_of_a_log_that_is_gone_or_cannot_be_opened(tmp_path: Path, run: Run) -> None:
+    """It is a finding of verify's like any other, not an error; other verbs say what to type."""
+    folder = tmp_path / "runs"
+    with eventrun.open(folder, quiet=True) as client, client.trial("p") as trial:
+        trial.log(loss=1)
+    data = (folder / "log.db").read_bytes()
+    for damaged in (b"", b"x" * 100 + data[100:], None):
+        if damaged is None:
+            (folder / "log.db").unlink()
+        else:
+            (folder / "log.db").write_bytes(damaged)
+        shown = run("--store", str(folder), "verify", "--json")
+        assert shown.code == 1
+        assert shown.json["problems"][0]["where"] == "log.db"
+        assert not shown.json["ok"]
+        shown = run("--store", str(folder), "events")
+        assert (shown.code, shown.out) == (1, "")
+        assert "eventrun salvage OUT" in shown.err
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == [
+        "journals",
+        "log.mark",
+    ]
+
+
+def test_verify_looks_into_journals(tmp_path: Path, run: Run) -> None:
+    """Journals that live writers hold are read up to their heads; what nothing vouches for is told."""
+    folder = tmp_path / "runs"
+    with eventrun.open(folder, quiet=True) as client, client.trial("p") as trial:
+        trial.log(loss=1)
+        client.flush().result()
+        shown = run("--store", str(folder), "verify")
+        assert shown.code == 0
+        assert re.search(r"[45] events in a live journal", shown.err)
+        (arena,) = folder.glob("journals/*/*.arena")
+        with arena.open("r+b") as file:
+            place = arena.read_bytes().index(b"loss")
+            file.seek(place)
+            file.write(b"lost")
+        report = run("--store", str(folder), "verify", "--json")
+        assert report.code == 1
+        (problem,) = report.json["problems"]
+        assert problem["where"].startswith("journals/")
+        assert report.json["journals"][0]["state"] == "live"
 
 
 def test_rebuild_makes_the_same_views(run: Run, tmp_path: Path) -> None:

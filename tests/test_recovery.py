@@ -510,7 +510,7 @@ def test_damage_is_told_and_kept(folder: Path) -> None:
         assert state.status == "lost"
         assert list(client.history("other", "i").result(60).values) == list(range(12_000))
         report = client.verify().result(60)
-        assert any(".damaged" in problem for problem in report.problems)
+        assert any(".damaged" in problem.where for problem in report.problems)
     kept = path.with_name(path.name + ".damaged")
     assert [entry.name for entry in (folder / "journals").iterdir()] == [kept.name]
     assert len(segments_of(kept, f"t/{done.stdout.strip()}")) == len(segments)

@@ -1020,3 +1020,77 @@ def test_tips_are_few_in_memory(store: SqliteStore, run: Run, monkeypatch: pytes
             assert run(store.append, [chain_[n]]) == 25 * (n + 1)
         assert len(store._appender._known) <= 25
     assert open_batch(chains[0][1].frame) == chains[0][1]
+
+
+# what is gone
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "all but the mark deleted"])
+@pytest.mark.parametrize("create", [True, False])
+def test_a_log_that_is_gone_is_not_begun_anew(folder: Path, run: Run, how: str, create: bool) -> None:
+    """Where a mark says that there was a log, none is made silently; the error says what to do."""
+    written(folder, run, some_batches(2))
+    if how == "emptied":
+        (folder / "log.db").write_bytes(b"")
+    else:
+        (folder / "log.db").unlink()
+    with pytest.raises(LogDamaged, match=r"the log had 6 events: .*eventrun salvage OUT.*remove log\.mark"):
+        SqliteStore(folder, create=create)
+    assert not (folder / "log.db").exists() or not (folder / "log.db").stat().st_size
+    (folder / "log.mark").unlink()
+    if create:
+        opened = SqliteStore(folder)
+        assert run(opened.append, some_batches(1)) == 3
+        run(opened.aclose)
+
+
+def test_a_log_that_is_emptied_beside_its_write_ahead_file(folder: Path, run: Run) -> None:
+    """SQLite would remove the write-ahead file, which holds events; so nothing is opened."""
+    written(folder, run, some_batches(2), settle=False)
+    wal = (folder / "log.db-wal").read_bytes()
+    (folder / "log.db").write_bytes(b"")
+    (folder / "log.mark").unlink()
+    with pytest.raises(LogDamaged, match=r"stand in log\.db-wal beside it"):
+        SqliteStore(folder)
+    assert (folder / "log.db-wal").read_bytes() == wal
+
+
+def test_a_log_that_is_gone_while_it_is_open(store: SqliteStore, folder: Path, run: Run) -> None:
+    """A connection that has to be opened anew doesn't make another log."""
+    run(store.append, some_batches(1))
+    store._writer.log.close()
+    (folder / "log.db").unlink()
+    with pytest.raises(StoreError):
+        run(store.append, some_batches(1))
+    assert not (folder / "log.db").exists()
+
+
+def test_damage_in_the_write_ahead_file_is_found(store: SqliteStore, folder: Path, run: Run) -> None:
+    """A changed byte in any page of the present run but the last commit is told; what is whole isn't."""
+    for batch in some_batches(12):
+        run(store.append, [batch])
+    file = folder / "log.db-wal"
+    data = file.read_bytes()
+    assert store.damage() == []
+    copy = folder.with_name("copy")
+    copy.mkdir()
+    (copy / "log.db").write_bytes((folder / "log.db").read_bytes())
+    for at in range(0, len(data) - 30_000, 997):
+        (copy / "log.db-wal").write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        (found,) = SqliteStore(copy).damage()
+        assert found.where == "log.db-wal"
+        assert found.first is not None
+        assert found.last is not None
+        assert found.first <= at <= found.last
+    (copy / "log.db-wal").write_bytes(data[:-2000])  # a tail that is being written
+    assert SqliteStore(copy).damage() == []
+
+
+def test_a_damaged_mark_is_found(store: SqliteStore, folder: Path, run: Run) -> None:
+    run(store.append, some_batches(1))
+    mark = bytearray((folder / "log.mark").read_bytes())
+    assert store.damage() == []
+    mark[-1] ^= 1
+    (folder / "log.mark").write_bytes(mark)
+    (found,) = store.damage()
+    assert "log.mark" in str(found)

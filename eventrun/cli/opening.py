@@ -106,6 +106,8 @@ def _check_there(url: str) -> None:
     folder = store_folder(url)
     if folder is None or (folder / "log.db").exists() or _was_killed_young(url):
         return
+    if (folder / "log.mark").exists():  # there was one: the store tells
+        return
     if folder.is_dir() or not folder.exists():  # a file in its place is told by the store
         raise NotFound(
             f"there is no store in {clean(str(folder))}: nothing was recorded there\n"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eventrun.cli import terminal
-from eventrun.cli.opening import reading
+from eventrun.cli.opening import reading, store_folder, store_url
 from eventrun.cli.verbs import TRIAL_HELP, Command
 from eventrun.clock import monotonic_ns
-from eventrun.summary import amount, clean, command, duration, near, size
+from eventrun.errors import LogDamaged
+from eventrun.summary import Column, amount, clean, command, duration, near, size
 
 if TYPE_CHECKING:
+    from eventrun.damage import Damage
     from eventrun.projector import VerifyReport
 
 
@@ -24,34 +27,55 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Check the log; 1 when something is wrong with it."""
+    """Check the store; 1 when something is wrong with it."""
     begun = monotonic_ns()
-    with reading(arguments) as source:
-        report = terminal.wait(source.client.verify(views=arguments.views), "verifying")
-        if arguments.json:
-            terminal.show_json(report.to_dict())
-        else:
-            took = duration((monotonic_ns() - begun) / 1e9)
-            tell(report, f" in {took}" + (", and the views agree with it" if arguments.views else ""))
-            if not report.ok:
-                rescued = command(source.client.url, "export events --out rescued.jsonl")
-                terminal.say(f"to save what can be read, up to the damage: {rescued}")
+    try:
+        with reading(arguments) as source:
+            report = terminal.wait(source.client.verify(views=arguments.views), "verifying")
+    except LogDamaged as error:  # so much that it can't even be opened
+        report = _unopened(arguments, error)
+    if arguments.json:
+        terminal.show_json(report.to_dict())
+    else:
+        took = duration((monotonic_ns() - begun) / 1e9)
+        tell(report, f" in {took}" + (", and the views agree with it" if arguments.views else ""))
+        if not report.ok:
+            rescued = command(store_url(arguments), "salvage OUT")
+            terminal.say(f"to save all that can be read in a new store: {rescued}")
     return 0 if report.ok else 1
 
 
+def _unopened(arguments: argparse.Namespace, error: LogDamaged) -> VerifyReport:
+    from eventrun import damage
+    from eventrun.journal import check_journals
+    from eventrun.projector import VerifyReport
+
+    folder = store_folder(store_url(arguments))
+    journals = [] if folder is None else check_journals(folder / "journals")
+    problems = [damage.file("log.db", str(error)), *(each for found in journals for each in found.damage)]
+    return VerifyReport(
+        end=0, batches=0, events=0, bytes=0, streams=0, problems=tuple(problems), journals=tuple(journals)
+    )
+
+
 def tell(report: VerifyReport, more: str = "") -> None:
-    """Print what verifying has found: one line when all is well, else a line for each problem."""
+    """Print what verifying has found: one line when all is well, else a table of the damage."""
     batches = f"{report.batches:,} batch{'' if report.batches == 1 else 'es'}"
     what = f"{amount(report.events, 'event')} in {batches} of {amount(report.streams, 'stream')}, {size(report.bytes)}"
+    held = [f"{amount(journal.events, 'event')} in a {journal.state} journal" for journal in report.journals]
     if report.ok:
         print(f"ok: {what}, all read and checked{more}")
-        return
-    problems = list(report.problems)
-    if report.views_ok is False:
-        problems.append("the views are not what the log says; to make them anew: eventrun rebuild")
-    for problem in problems:
-        print(clean(problem))
-    terminal.say(f"{amount(len(problems), 'problem')} in {what}")
+    else:
+        tell_damage(report.problems)
+        terminal.say(f"{amount(len(report.problems), 'problem')} in {what}")
+    for line in held:
+        terminal.say(line)
+
+
+def tell_damage(found: Sequence[Damage]) -> None:
+    """Print damage as a table."""
+    rows = [[clean(each.place), each.costs, clean(each.what)] for each in found]
+    terminal.table([Column("where"), Column("costs"), Column("what", cut=True)], rows)
 
 
 def _rebuild_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from eventrun import exits
+from eventrun import damage, exits
 from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of
 from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
 from eventrun.codec import Batch, Stream
 from eventrun.config import Settings, load_settings
-from eventrun.errors import Closed, InvalidValue, NotFound, StoreError, StoreUnavailable
+from eventrun.errors import Closed, InvalidValue, LogDamaged, NotFound, StoreError, StoreUnavailable
 from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal
@@ -38,6 +38,8 @@ from eventrun.trial import (
 
 if TYPE_CHECKING:
     from eventrun.codec import StoredEvent
+    from eventrun.damage import Damage
+    from eventrun.journal import JournalReport
     from eventrun.projections import GroupState, Projection, ProjectState, TrialState
     from eventrun.projector import VerifyReport
     from eventrun.query import Reader, Series
@@ -261,8 +263,18 @@ class Client:
         return self._ask(True, lambda: self._reader().rebuild(key))
 
     def verify(self, *, views: bool = False) -> Pending[VerifyReport]:
-        """Read everything and check it; with `views`, also fold everything anew and compare."""
-        return self._ask(True, lambda: self._reader().verify(views=views))
+        """Read everything and check it: the log and the journals; with `views`, also fold anew and compare.
+
+        What is wrong is in the report's `problems`, a `Damage` each; it is never an error.
+        """
+        return self._ask(False, lambda: self._verify(views))
+
+    def _verify(self, views: bool) -> VerifyReport:
+        try:
+            self._freshen()
+        except LogDamaged:  # which the report tells
+            pass
+        return self._reader().verify(views=views)
 
     def register(self, projection: Projection[Any]) -> None:
         """Have a projection of your own kept, caught up and rebuilt like ours; ask for its state with `view`."""
@@ -313,6 +325,7 @@ class Client:
                 end=self._end_of_log,
                 gentle=lambda: not self._recorder.idle,
                 inspect=self._inspect,
+                journals=self._check_journals,
             )
         return self._readers
 
@@ -326,19 +339,28 @@ class Client:
 
         return self._portal.call(read).result()
 
-    def _inspect(self) -> list[str]:
-        """What is wrong beyond the batches themselves: a lost tail, SQLite's own structure, damaged journals."""
-        found: list[str] = []
+    def _inspect(self) -> list[Damage]:
+        """What is wrong beyond the batches themselves: a lost tail, SQLite's own structure, the files."""
+        found: list[Damage] = []
         store = self._recorder.store
-        if (lost_tail := getattr(store, "lost_tail", None)) is not None:
-            lost = self._portal.call(lost_tail).result()
-            if lost is not None:
-                found.append(f"positions {lost[1] + 1}..{lost[0]} were in the log once and are lost")
-        if (check := getattr(store, "check", None)) is not None:
-            found += self._portal.call(check).result()
-        return found + [
-            f"{path} holds events that could not be taken in" for path in self._recorder.damaged()
-        ]
+        try:
+            if (lost_tail := getattr(store, "lost_tail", None)) is not None:
+                lost = self._portal.call(lost_tail).result()
+                if lost is not None:
+                    what = "were in the log once and are lost"
+                    found.append(damage.positions(lost[1] + 1, lost[0], what))
+            if (check := getattr(store, "check", None)) is not None:
+                found += [damage.file("log.db", what) for what in self._portal.call(check).result()]
+        except LogDamaged as error:
+            found.append(damage.file("log.db", str(error)))
+        if (look := getattr(store, "damage", None)) is not None:
+            found += look()
+        return found
+
+    def _check_journals(self) -> list[JournalReport]:
+        from eventrun.journal import check_journals
+
+        return [] if self.folder is None else check_journals(self.folder / "journals")
 
     def _end_of_log(self) -> int:
         return self._portal.call(self._recorder.store.end).result()

@@ -1,5 +1,6 @@
 """The mapped write-ahead journal: `segments` (its files), `writing` (the log call's side), `scan` (recovery's side)."""
 
+from eventrun.journal.checking import JournalReport, check_journals, state_of
 from eventrun.journal.scan import (
     DAMAGED_SUFFIX,
     Held,
@@ -20,7 +21,9 @@ __all__ = [
     "Held",
     "Journal",
     "JournalFolder",
+    "JournalReport",
     "Recovered",
+    "check_journals",
     "dead_writers",
     "held",
     "keep_damaged",
@@ -29,4 +32,5 @@ __all__ = [
     "recover",
     "remove_folder",
     "segments_in",
+    "state_of",
 ]

@@ -68,7 +68,7 @@ def dead_writers(journals: Path) -> Iterator[tuple[Path, int]]:
     if not journals.is_dir():
         return
     for folder in sorted(journals.iterdir()):
-        descriptor = None if folder.name.endswith(DAMAGED_SUFFIX) else _lock_if_dead(folder)
+        descriptor = None if folder.name.endswith(DAMAGED_SUFFIX) else hold_if_dead(folder)
         if descriptor is not None:
             yield folder, descriptor
 
@@ -78,7 +78,8 @@ def keep_damaged(folder: Path) -> None:
     folder.rename(folder.with_name(folder.name + DAMAGED_SUFFIX))
 
 
-def _lock_if_dead(folder: Path) -> int | None:
+def hold_if_dead(folder: Path) -> int | None:
+    """Lock the folder of a writer of this host that lives no more; None: it lives, or that can't be told."""
     try:
         import fcntl
     except ImportError:
@@ -98,6 +99,19 @@ def _lock_if_dead(folder: Path) -> int | None:
             pass
         os.close(descriptor)
     return None
+
+
+def is_of_this_host(folder: Path) -> bool:
+    """Tell whether a journal's writer runs, or ran, on this host."""
+    path = folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _is_of_this_host(descriptor, path)
+    finally:
+        os.close(descriptor)
 
 
 def _is_of_this_host(descriptor: int, path: Path) -> bool:

@@ -13,7 +13,7 @@ import msgspec
 
 from eventrun.clock import monotonic_ns, sleep
 from eventrun.codec import ChainChecker, decode_items, payload_of
-from eventrun.errors import LogDamaged
+from eventrun.errors import SALVAGE, LogDamaged
 from eventrun.events import Event
 from eventrun.projections import Slice
 from eventrun.stores.base import StoredBatch
@@ -93,7 +93,7 @@ def batches(log: Log, after: int, upto: int, pace: Pace, subject: str | None = N
 
 def _damaged(first: int, last: int, what: str) -> LogDamaged:
     where = f"positions {first}..{last}"
-    return LogDamaged(f"{where} of the log: {what}; `eventrun verify` lists all damage", (where,))
+    return LogDamaged(f"{where} of the log: {what}; {SALVAGE}", (where,))
 
 
 def slices(stored: StoredBatch, after: int, cut: Cut, pace: Pace, checker: ChainChecker) -> Iterator[Slice]:

@@ -7,17 +7,25 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from eventrun import damage
 from eventrun.codec import ChainChecker, Stream, items_of
+from eventrun.damage import Damage
 from eventrun.errors import FormatTooNew, LogDamaged
+from eventrun.journal import JournalReport
 from eventrun.projector.log import Log, Pace
 from eventrun.stores.base import StoredBatch
 
+STEPS = (
+    256  # positions tried one by one for where to go on; past them it may skip good events between bad ones
+)
+
 
 class VerifyReport(Struct, frozen=True, kw_only=True):
-    """What reading the whole log has shown.
+    """What reading the whole store has shown.
 
-    `bytes` are those of the batches as stored. `problems` holds a text each, with the range of positions; events in
-    such a range are not counted. `views_ok`: a fresh fold gives what the views hold (None: not asked).
+    `bytes` are those of the batches as stored. `problems` has each stretch of damage; events in such a range are not
+    counted. `journals`: what writers hold there. `views_ok`: a fresh fold gives what the views hold (None: not asked,
+    or the log is damaged).
     """
 
     end: int
@@ -25,7 +33,8 @@ class VerifyReport(Struct, frozen=True, kw_only=True):
     events: int
     bytes: int
     streams: int
-    problems: tuple[str, ...] = ()
+    problems: tuple[Damage, ...] = ()
+    journals: tuple[JournalReport, ...] = ()
     views_ok: bool | None = None
 
     @property
@@ -35,7 +44,11 @@ class VerifyReport(Struct, frozen=True, kw_only=True):
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
-        return {**structs.asdict(self), "problems": list(self.problems), "ok": self.ok}
+        plain = {
+            "problems": [problem.to_dict() for problem in self.problems],
+            "journals": [journal.to_dict() for journal in self.journals],
+        }
+        return {**structs.asdict(self), **plain, "ok": self.ok}
 
 
 def verify_log(log: Log, pace: Pace) -> VerifyReport:
@@ -47,12 +60,15 @@ class _Verifier:
     def __init__(self, log: Log, pace: Pace) -> None:
         self._log = log
         self._pace = pace
-        self._end = log.end()
-        self._batches = self._events = self._bytes = 0
+        self._end = self._batches = self._events = self._bytes = 0
         self._chains: dict[Stream, ChainChecker] = {}
-        self._problems: list[str] = []
+        self._problems: list[Damage] = []
 
     def run(self) -> VerifyReport:
+        try:
+            self._end = self._log.end()
+        except LogDamaged as error:  # and so where to stop isn't known
+            self._problems.append(_of_error(error))
         after = 0
         while after < self._end:
             try:
@@ -61,7 +77,7 @@ class _Verifier:
                 after = self._past(after, error)
                 continue
             if not page:
-                self._problems.append(f"positions {after + 1}..{self._end} are missing")
+                self._problems.append(damage.positions(after + 1, self._end, "are missing"))
                 break
             for stored in page:
                 self._place(after, stored)
@@ -78,18 +94,20 @@ class _Verifier:
 
     def _place(self, after: int, stored: StoredBatch) -> None:
         if stored.position > after + 1:
-            self._problems.append(f"positions {after + 1}..{stored.position - 1} are missing")
+            self._problems.append(damage.positions(after + 1, stored.position - 1, "are missing"))
         elif stored.position <= after:
-            self._problems.append(
-                f"positions {stored.position}..{min(after, stored.last_position)} are there twice"
-            )
+            last = min(after, stored.last_position)
+            self._problems.append(damage.positions(stored.position, last, "are there twice", lost=False))
 
     def _check(self, stored: StoredBatch) -> None:
         header = stored.batch.header
+        if header.stream not in self._chains and header.first > 1:
+            missing = damage.sequences(header.stream, 1, header.first - 1, "are missing")
+            self._problems.append(missing)
         try:
             self._chains.setdefault(header.stream, ChainChecker()).check(stored.batch)
         except LogDamaged as error:
-            self._note(stored, error)
+            self._note(stored, error, lost=False)
             # From here on the chain may be whole again.
             self._chains[header.stream] = ChainChecker()
             if header.first > 1:
@@ -104,19 +122,35 @@ class _Verifier:
         self._bytes += len(stored.batch.frame)
         self._pace.breathe()
 
-    def _note(self, stored: StoredBatch, error: Exception) -> None:
-        self._problems.append(f"positions {stored.position}..{stored.last_position}: {error}")
+    def _note(self, stored: StoredBatch, error: Exception, *, lost: bool = True) -> None:
+        found = damage.positions(stored.position, stored.last_position, str(error), lost=lost)
+        self._problems.append(found)
 
     def _past(self, after: int, error: LogDamaged) -> int:
         """Note damage that a read has met, and find where to go on: the last position before the next good batch."""
-        named = re.fullmatch(r"positions (\d+)\.\.(\d+)", error.where[0]) if error.where else None
-        if named and int(named[2]) > after:
-            self._problems.append(str(error))
-            return int(named[2])
-        last = after + 1
+        found = _of_error(error)
+        if found.last is not None and found.last > after:
+            self._problems.append(found)
+            return found.last
+        last = self._last_unreadable(after + 1)
+        self._problems.append(damage.positions(after + 1, last, str(error)))
+        return last
+
+    def _last_unreadable(self, last: int) -> int:
+        start = last
         while last < self._end and not self._readable(last):
-            last += 1
-        self._problems.append(f"positions {after + 1}..{last}: {error}")
+            if last - start < STEPS:
+                last += 1
+                continue
+            step = last - start  # twice as far each time, and then back to the first that can be read
+            good = min(last + step, self._end)
+            if good < self._end and not self._readable(good):
+                last = good
+                continue
+            while good - last > 1:
+                middle = (last + good) // 2
+                last, good = (last, middle) if self._readable(middle) else (middle, good)
+            return good
         return last
 
     def _readable(self, after: int) -> bool:
@@ -125,3 +159,12 @@ class _Verifier:
         except LogDamaged:
             return False
         return True
+
+
+def _of_error(error: LogDamaged) -> Damage:
+    """Make damage of an error, which names its positions if it knows them."""
+    named = re.fullmatch(r"positions (\d+)\.\.(\d+)", error.where[0]) if error.where else None
+    if named is None:
+        return damage.file("log.db", str(error))
+    first, last = int(named[1]), int(named[2])
+    return damage.positions(first, last, str(error).removeprefix(f"{error.where[0]}").lstrip(": "))

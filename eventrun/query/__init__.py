@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from eventrun import damage
 from eventrun.codec import ChainChecker, StoredEvent
+from eventrun.damage import Damage
 from eventrun.events import trial_subject
+from eventrun.journal import JournalReport
 from eventrun.pending import Page
 from eventrun.projections import Projection
 from eventrun.projector import VerifyReport, Views
@@ -31,7 +34,11 @@ TAIL_EVENTS = 1_000  # a page of a tail ends with the batch that brings it there
 PASTS_KEPT = 2  # moments whose lists stay in memory
 
 
-def _nothing() -> list[str]:
+def _nothing() -> list[Damage]:
+    return []
+
+
+def _no_journals() -> list[JournalReport]:
     return []
 
 
@@ -47,8 +54,8 @@ class Reader(Reads):
     """Everything that can be asked about a store.
 
     `folder` is the store's (None: views are kept in memory), `read` and `end` its methods of that name, waited for.
-    `gentle` tells whether this process records just now. `inspect` returns what else the store knows to be wrong, a
-    text each, for `verify`.
+    `gentle` tells whether this process records just now. For `verify`, `inspect` returns what else the store knows to
+    be wrong, and `journals` what lies in the journals.
     """
 
     def __init__(
@@ -59,12 +66,14 @@ class Reader(Reads):
         end: Callable[[], int],
         projections: Iterable[Projection[Any]] = (),
         gentle: Callable[[], bool] = lambda: False,
-        inspect: Callable[[], list[str]] = _nothing,
+        inspect: Callable[[], list[Damage]] = _nothing,
+        journals: Callable[[], list[JournalReport]] = _no_journals,
         snapshot_every: int = SNAPSHOT_EVERY,
     ) -> None:
         views = Views(folder, Log(read, end), projections, gentle=gentle, snapshot_every=snapshot_every)
         super().__init__(views)
         self._inspect = inspect
+        self._journals = journals
         self._pasts: dict[Cut, Past] = {}
 
     def tail(self, cursor: Any = FROM_THE_END, *, trial: str | None = None) -> Page[StoredEvent]:
@@ -106,14 +115,24 @@ class Reader(Reads):
         return self.views.rebuild(None if trial is None else self._resolve(trial, True))
 
     def verify(self, *, views: bool = False) -> VerifyReport:
-        """Read the whole log and check it; with `views`, also fold it anew and compare."""
+        """Read the whole log and the journals and check them; with `views`, also fold the log anew and compare."""
         report = verify_log(self.views.log, self.views.pace())
-        problems = (*report.problems, *self._inspect())
+        journals = self._journals()
+        problems = [
+            *report.problems,
+            *self._inspect(),
+            *(each for found in journals for each in found.damage),
+        ]
         right = None
         if views and not report.problems:  # what is damaged can't be folded
             self.views.catch_up_all()
             right = self.views.is_right()
-        return msgspec.structs.replace(report, problems=problems, views_ok=right)
+        if right is False:
+            wrong = "hold something else than a fresh fold of the log; to make them anew: eventrun rebuild"
+            problems.append(damage.file("views", wrong, 0))
+        return msgspec.structs.replace(
+            report, problems=tuple(problems), journals=tuple(journals), views_ok=right
+        )
 
     def register(self, projection: Projection[Any]) -> None:
         """Keep a projection of the user's own; one of the same name is replaced."""

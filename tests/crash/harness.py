@@ -187,7 +187,7 @@ def tally(store: Path | str, runs: Iterable[Run], *, durable: bool = False, veri
             reported = list(client.recovery().result(LONG_S).problems)
             found = logged(client)
             if verify:
-                reported += client.verify().result(LONG_S).problems
+                reported += map(str, client.verify().result(LONG_S).problems)
     for run in runs:
         for trial, (returned, flushed) in enumerate(run.counted()):
             values = found.get(f"{run.name}-{trial}", [])

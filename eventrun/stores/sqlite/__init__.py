@@ -17,13 +17,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eventrun import clock
+from eventrun import clock, damage
 from eventrun.codec import Batch, Stream
+from eventrun.damage import Damage
 from eventrun.errors import Closed, StoreUnavailable
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
 from eventrun.stores.sqlite.batches import Appender, end_of, read
-from eventrun.stores.sqlite.connection import DURABLE, TO_APPEND, WAL_BYTES, Courier, Log, store_error
+from eventrun.stores.sqlite.connection import (
+    DURABLE,
+    TO_APPEND,
+    WAL_BYTES,
+    Courier,
+    Log,
+    check_not_emptied,
+    store_error,
+)
 from eventrun.stores.sqlite.mark import Mark
+from eventrun.stores.sqlite.pages import damage_in_wal
 
 if TYPE_CHECKING:
     import sqlite3
@@ -124,6 +134,19 @@ class SqliteStore:
 
         return await self._open(self._keeper).run(job)
 
+    def damage(self) -> list[Damage]:
+        """Find what is wrong with the files beside what SQLite reads; doesn't wait for the log."""
+        found = []
+        wal = damage_in_wal(self.folder / "log.db")
+        if wal is not None:
+            first, last, what = wal
+            found.append(damage.file("log.db-wal", what, None, (first, last)))
+        if self._mark.damaged():
+            found.append(
+                damage.file("log.mark", "fails its checksum, so a lost tail of the log isn't noticed", 0)
+            )
+        return found
+
     async def backup(self, folder: Path) -> None:
         """Copy the log as it is now into a folder that is new or empty, while others go on appending."""
         await self._open(self._keeper).run(lambda raw: _backup(raw, folder))
@@ -173,6 +196,7 @@ def _check_path(folder: Path, create: bool) -> None:
         )
     if os.path.isdir(file):
         raise StoreUnavailable(f"{file} is a folder where the log should be: choose another folder")
+    check_not_emptied(file)
     if create:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import clock
-from eventrun.errors import FormatTooNew, LogDamaged, StoreError, StoreUnavailable
+from eventrun.errors import SALVAGE, FormatTooNew, LogDamaged, StoreError, StoreUnavailable
 from eventrun.portal import importing
 from eventrun.stores.sqlite.batches import FORMAT, TOUCH
+from eventrun.stores.sqlite.mark import Mark
 
 if TYPE_CHECKING:  # imported on first use: together they take 40 ms
     import asyncio
@@ -90,9 +91,7 @@ class Log:
                 UnicodeDecodeError,
             ) as error:  # a flipped bit in a number, in the schema's text
                 self.close()
-                raise LogDamaged(
-                    f"{self.file} is damaged: {error}; restore a backup", (str(self.file),)
-                ) from error
+                raise LogDamaged(f"{self.file} is damaged: {error}; {SALVAGE}", (str(self.file),)) from error
 
     def connect(self) -> sqlite3.Connection:
         """Open the log."""
@@ -169,6 +168,7 @@ class Log:
         folder = self.file.parent
         if self._identity is not None:
             self.check_unmoved()
+        check_not_emptied(self.file)
         self.read_only = not os.access(folder, os.W_OK | os.X_OK) or (
             self.file.exists() and not os.access(self.file, os.W_OK)
         )
@@ -208,6 +208,7 @@ class Log:
     def _check_format(self, raw: sqlite3.Connection) -> None:
         tables, application, version = raw.execute(_FORMAT).fetchone()
         if application == version == tables == 0:
+            _refuse_new_log(self.file)
             if not self._create or self.read_only:
                 raise StoreUnavailable(
                     f"{self.file} holds no log yet: its writer was stopped before the first append"
@@ -222,6 +223,31 @@ class Log:
             raise FormatTooNew(
                 f"{self.file} has format {version}, this eventrun reads up to {FORMAT}: upgrade eventrun"
             )
+
+
+def check_not_emptied(file: Path) -> None:
+    """Raise LogDamaged where a log once was: SQLite would make a new one in its place."""
+    try:
+        if file.stat().st_size:
+            return
+        wal = file.with_name(file.name + "-wal")
+        if wal.exists() and wal.stat().st_size:  # which SQLite would remove: it belongs to no database
+            raise LogDamaged(
+                f"{file} is empty, and the newest events stand in {wal.name} beside it; {SALVAGE}"
+            )
+    except OSError:
+        pass
+    _refuse_new_log(file)
+
+
+def _refuse_new_log(file: Path) -> None:
+    position = Mark(file.with_name("log.mark")).read()
+    if position:
+        raise LogDamaged(
+            f"{file} is missing or empty, but log.mark says that the log had {position:,} events: put it back or "
+            "restore a backup; `eventrun salvage OUT` saves what journals hold; to begin a new log, remove log.mark",
+            (f"positions 1..{position}",),
+        )
 
 
 def _connect(file: Path, mode: str) -> sqlite3.Connection:
@@ -295,9 +321,7 @@ def store_error(error: sqlite3.Error, file: Path) -> StoreError:
     text = f"{error} ({getattr(error, 'sqlite_errorname', type(error).__name__)})"
     # An OperationalError without a code comes from sqlite3 itself: text that is not UTF-8.
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (not code and "decode" in text):
-        return LogDamaged(
-            f"{file} is damaged: {text}; restore a backup, or read what is left", (f"{file}: {text}",)
-        )
+        return LogDamaged(f"{file} is damaged: {text}; {SALVAGE}", (f"{file}: {text}",))
     advice = {
         sqlite3.SQLITE_BUSY: f"another process has held it for {BUSY_S:g} s; look for one that hangs",
         sqlite3.SQLITE_FULL: "the disk is full; free some space and append again",

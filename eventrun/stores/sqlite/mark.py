@@ -39,6 +39,14 @@ class Mark:
         except OSError:
             return 0
 
+    def damaged(self) -> bool:
+        """Tell whether there is something that is no mark. A power cut may leave zeros."""
+        try:
+            record = self._file.read_bytes()
+        except OSError:
+            return False
+        return bool(record.strip(b"\0")) and not _position_in(record)
+
     def close(self) -> None:
         """Close the file."""
         if self._descriptor is not None:
