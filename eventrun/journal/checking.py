@@ -11,7 +11,14 @@ from msgspec import Struct, structs
 from eventrun import damage
 from eventrun.damage import Damage
 from eventrun.errors import LogDamaged
-from eventrun.journal.scan import DAMAGED_SUFFIX, hold_if_dead, is_of_this_host, recover, segments_in
+from eventrun.journal.scan import (
+    DAMAGED_SUFFIX,
+    hold_if_dead,
+    is_of_this_host,
+    of_earlier_boot,
+    recover,
+    segments_in,
+)
 
 LOOKS = 3  # at a journal that is being written: a segment may be given back and begun anew meanwhile
 
@@ -48,21 +55,31 @@ def state_of(folder: Path) -> str:
     """Tell whether a journal is live, dead, damaged or elsewhere."""
     if folder.name.endswith(DAMAGED_SUFFIX):
         return "damaged"
-    descriptor = hold_if_dead(folder)
-    if descriptor is not None:
-        os.close(descriptor)
+    if _death(folder) is not None:
         return "dead"
     return "live" if is_of_this_host(folder) else "elsewhere"
+
+
+def _death(folder: Path) -> bool | None:
+    """Tell whether the machine went down with the writer; None: it isn't known to be dead."""
+    descriptor = hold_if_dead(folder)
+    if descriptor is None:
+        return None
+    try:
+        return of_earlier_boot(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check(folder: Path) -> JournalReport:
     state = state_of(folder)
     looks = LOOKS if state in ("live", "elsewhere") else 1
-    streams, events, problems = _look(folder)
+    torn = state == "dead" and bool(_death(folder))
+    streams, events, problems = _look(folder, torn)
     for _ in range(looks - 1):
         if not problems:
             break
-        streams, events, problems = _look(folder)
+        streams, events, problems = _look(folder, torn)
     where = f"journals/{folder.name}"
     if not folder.exists():  # its writer has just ended
         streams, events, problems = 0, 0, []
@@ -73,13 +90,13 @@ def _check(folder: Path) -> JournalReport:
     return JournalReport(writer=writer, state=state, streams=streams, events=events, damage=tuple(found))
 
 
-def _look(folder: Path) -> tuple[int, int, list[str]]:
+def _look(folder: Path, torn: bool) -> tuple[int, int, list[str]]:
     events = 0
-    streams, problems = segments_in(folder)
+    streams, problems = segments_in(folder, torn=torn)
     for segments in streams.values():
         for segment in segments:
             try:
-                found = recover(segment, b"", 0)
+                found = recover(segment, b"", 0, torn=torn)
             except (LogDamaged, OSError) as error:
                 problems.append(f"{segment.path.name} at {segment.base}: {error}")
                 continue

@@ -54,7 +54,7 @@ def check(image: Path, marks: list[Mark], *, views: bool = False) -> Tally:
                 trial.name: trial.metrics["i"].count for trial in client.trials() if "i" in trial.metrics
             }
             report = client.verify(views=views).result(LONG_S)
-    reported += report.problems
+    reported += map(str, report.problems)
     counts = {trial: len(values) for trial, values in found.items()}
     if report.views_ok is False or folded != counts:
         reported.append(f"the views hold {folded}, the log {counts}")
