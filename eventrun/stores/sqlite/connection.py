@@ -206,9 +206,10 @@ class Log:
         return _connect(self.file, "ro&immutable=1")
 
     def _check_format(self, raw: sqlite3.Connection) -> None:
+        marked = _marked(self.file)  # before the tables are looked for, see `check_not_emptied`
         tables, application, version = raw.execute(_FORMAT).fetchone()
         if application == version == tables == 0:
-            _refuse_new_log(self.file)
+            _refuse_new_log(self.file, marked)
             if not self._create or self.read_only:
                 raise StoreUnavailable(
                     f"{self.file} holds no log yet: its writer was stopped before the first append"
@@ -227,26 +228,35 @@ class Log:
 
 def check_not_emptied(file: Path) -> None:
     """Raise LogDamaged where a log once was: SQLite would make a new one in its place."""
-    try:
-        if file.stat().st_size:
-            return
-        wal = file.with_name(file.name + "-wal")
-        if wal.exists() and wal.stat().st_size:  # which SQLite would remove: it belongs to no database
+    # Before the look at the file itself, or another process might make them all in between.
+    marked = _marked(file)
+    wal = file.with_name(file.name + "-wal")
+    wal_bytes = _bytes_of(wal)
+    if not _bytes_of(file):
+        if wal_bytes:  # SQLite would remove it: it belongs to no database
             raise LogDamaged(
-                f"{file} is empty, and the newest events stand in {wal.name} beside it; {SALVAGE}"
+                f"{file} is gone, and the newest events stand in {wal.name} beside it; {SALVAGE}"
             )
+        _refuse_new_log(file, marked)
+
+
+def _bytes_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
     except OSError:
-        pass
-    _refuse_new_log(file)
+        return 0
 
 
-def _refuse_new_log(file: Path) -> None:
-    position = Mark(file.with_name("log.mark")).read()
-    if position:
+def _marked(file: Path) -> int:
+    return Mark(file.with_name("log.mark")).read()
+
+
+def _refuse_new_log(file: Path, marked: int) -> None:
+    if marked:
         raise LogDamaged(
-            f"{file} is missing or empty, but log.mark says that the log had {position:,} events: put it back or "
+            f"{file} is missing or empty, but log.mark says that the log had {marked:,} events: put it back or "
             "restore a backup; `eventrun salvage OUT` saves what journals hold; to begin a new log, remove log.mark",
-            (f"positions 1..{position}",),
+            (f"positions 1..{marked}",),
         )
 
 
