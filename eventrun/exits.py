@@ -26,7 +26,7 @@ class Endable(Protocol):
         """Record that the trials are interrupted, without waiting."""
 
 
-_open: weakref.WeakSet[Endable] = weakref.WeakSet()
+_open: set[Endable] = set()  # also those that nobody else knows any more: what they recorded must end well
 _in_children: weakref.WeakSet[Endable] = weakref.WeakSet()  # those that multiprocessing's forks are told of
 _in_child: weakref.WeakSet[Endable] = weakref.WeakSet()  # those that are closed when this child ends
 _watching = False
@@ -38,7 +38,6 @@ def watch(client: Endable) -> None:
     _open.add(client)
     if not _watching:
         _watching = True
-        atexit.register(_close_all)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=_before_fork)
     _handle_sigterm()  # each time: the first one may have come from another thread than the main one
@@ -61,6 +60,11 @@ def _close_all() -> None:
     with ExitStack() as all_of_them:  # even if one of them fails
         for client in tuple(_open):
             all_of_them.callback(client.close)
+
+
+# When this is imported, not at the first trial: what is registered later is called earlier, and a program that finishes
+# its trials in a function of its own at exit has mostly registered that after its imports.
+atexit.register(_close_all)
 
 
 def _handle_sigterm() -> None:

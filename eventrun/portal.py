@@ -93,21 +93,24 @@ class Portal:
         # Not on the loop's thread either: what is read may need the loop.
         return Pending(answer, lambda: threading.current_thread() is reader.thread or self._on_loop())
 
-    def stop(self) -> None:
-        """End both threads. What the reader was asked for is done first, what still runs on the loop is cancelled."""
+    def stop(self, seconds: float | None = None) -> bool:
+        """End both threads. What the reader was asked for is done first, what still runs on the loop is cancelled.
+
+        Waits at most `seconds` for each; what is in the way then is left to itself, and to its end as a daemon.
+        """
         # One after the other: what is read may need the loop.
         with self._lock:
             reader, self._reader = self._reader, None
             if reader is not None:
                 reader.put(None)
-        if reader is not None:
-            reader.thread.join()
+        if reader is not None and not _joined(reader.thread, seconds):
+            self.forget()
+            return False
         with self._lock:
             loop, self._loop = self._loop, None
             if loop is not None:
                 loop.put(None)
-        if loop is not None:
-            loop.thread.join()
+        return loop is None or _joined(loop.thread, seconds)
 
     def _on_loop(self) -> bool:
         loop = self._loop
@@ -215,6 +218,30 @@ class _Reader:
         while (job := self._jobs.get()) is not None:
             job()
             del job  # or the last answer would be kept alive until the next question
+
+
+def _joined(thread: threading.Thread, seconds: float | None) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def aside(function: Callable[[], T]) -> Pending[T]:
+    """Run a function on a daemon thread of its own; right here when there is none to be had (at interpreter exit)."""
+    answer: Answer[T] = Answer()
+
+    def work() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001 - handed on to whoever waits
+            answer.fail(error)
+        else:
+            answer.set(result)
+
+    try:
+        threading.Thread(target=work, name="eventrun-aside", daemon=True).start()
+    except RuntimeError:
+        work()
+    return Pending(answer)
 
 
 _inherited: list[object] = []  # of a fork's parent: tasks that are pending complain when they are thrown away

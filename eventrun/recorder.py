@@ -154,7 +154,9 @@ class Recorder:
         self._keeper: Pending[None] | None = None
         self._closed = False
         self._closing: Pending[int] | None = None
+        self._ending: asyncio.Task[int] | None = None
         self._gave_up = False  # the close left events in the journal
+        self.store_closed = False
         self._cycle_lock: asyncio.Lock | None = None
         self._settling: asyncio.Task[bool] | None = None
         self._sealed: list[_Sealed] = []  # handed to the store, no answer yet
@@ -396,20 +398,30 @@ class Recorder:
             self._note_failure(error)
             raise
 
-    def close(self) -> Pending[int]:
-        """Bring all to the log, at most close_timeout_s, and end; gives the number of events left in the journal.
+    def close(self, seconds: float | None = None) -> Pending[int]:
+        """Bring all to the log, in `seconds` (None: close_timeout_s), and end; gives the number of events left.
 
-        What is left is taken in by the next open of the store; what no file could be had for is dropped and counted.
-        Recording afterwards raises Closed.
+        What is left, in the journal, is taken in by the next open of the store; what no file could be had for is
+        dropped and counted. Recording afterwards raises Closed. Closing again gives the answer of the first time.
         """
         if self._closing is None:
-            self._closing = self.portal.call(self._close)
+            self._closing = self.portal.call(self._close, seconds)
         return self._closing
 
-    async def _close(self) -> int:
+    async def _close(self, seconds: float | None) -> int:
+        # Once: a signal handler may have closed while the interrupted call was about to.
         import asyncio
 
-        deadline = asyncio.get_running_loop().time() + self.close_timeout_s
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(
+                self._end(self.close_timeout_s if seconds is None else seconds)
+            )
+        return await asyncio.shield(self._ending)
+
+    async def _end(self, seconds: float) -> int:
+        import asyncio
+
+        deadline = asyncio.get_running_loop().time() + seconds
         done = False
         try:
             async with asyncio.timeout_at(deadline):
@@ -423,19 +435,20 @@ class Recorder:
             done = False
             self._last_error = str(error) or self._last_error or "the store didn't answer in time"
         self._shut()
-        left = sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
+        left = self.left
         if done and not left:
             self._folder.remove()
         else:
             lost = sum(journal.save() for _, journal in self._open_journals())
             self._folder.drop(lost)
-            self._folder.abandon()
+            self._folder.end(complete=not lost)
             self._gave_up = left > 0
             left -= lost
         try:
             async with asyncio.timeout_at(max(deadline, asyncio.get_running_loop().time() + CLOSE_STORE_S)):
                 if self._store is not None:
                     await self._store.aclose()
+            self.store_closed = True
         except Exception as error:  # noqa: BLE001 - of the one place: all that matters is done
             self._last_error = str(error) or "the store couldn't be closed in time"
         return left
@@ -481,6 +494,11 @@ class Recorder:
         return self._last_error
 
     @property
+    def left(self) -> int:
+        """How many events the log doesn't hold yet, as far as is known."""
+        return sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
+
+    @property
     def idle(self) -> bool:
         """Tell whether nothing was recorded yet."""
         return not self._recordings
@@ -516,7 +534,7 @@ class Recorder:
     def forked(self) -> None:
         """In a fork's child: leave all of the parent's alone and be a new writer from the first record on."""
         journals = [recording.journal for recording in self._recordings.values()]
-        running = (self._flusher, self._keeper, self._closing, self._cycle_lock, self._settling)
+        running = (self._flusher, self._keeper, self._closing, self._ending, self._cycle_lock, self._settling)
         _inherited.append((self._store, self._folder, self._sealed, journals, running, self._on_fork()))
         self._folder.abandon()
         self.portal.forget()

@@ -16,7 +16,15 @@ from eventrun.clock import time_ns
 from eventrun.codec import Stream, decode_items, digest, encode_item, items_of, payload_of, seal
 from eventrun.errors import Conflict, FormatTooNew, LogDamaged
 from eventrun.events import WriterEnded
-from eventrun.journal import dead_writers, keep_damaged, of_earlier_boot, recover, remove_folder, segments_in
+from eventrun.journal import (
+    ENDED_NAME,
+    dead_writers,
+    keep_damaged,
+    of_earlier_boot,
+    recover,
+    remove_folder,
+    segments_in,
+)
 from eventrun.journal.scan import Found, Recovered
 from eventrun.stores.base import Store, Tip
 
@@ -79,8 +87,9 @@ async def _recover_writer(store: Store, folder: Path, report: RecoveryReport, to
             report.events += await _recover_stream(store, stream, segments, problems, torn)
         except LogDamaged as error:
             problems.append(str(error))
+    closed = (folder / ENDED_NAME).exists()  # then its trials are as it left them, not lost
     for stream in streams:
-        if stream.subject.startswith("t/") and (await store.tip(stream)).sequence:
+        if not closed and stream.subject.startswith("t/") and (await store.tip(stream)).sequence:
             await _note_end(store, stream)
     await store.settle()
     report.writers += 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +296,97 @@ def test_a_grandchild_closes_too(store: Path) -> None:
     assert journals(store) == []
     with eventrun.open(store) as client:
         assert set(client.history("n", "rank").result().values) == {1, 2}
+
+
+# the time that closing takes -----------------------------------------------------------------------------------
+
+
+def test_a_dropped_client_is_closed_at_exit(store: Path) -> None:
+    """A client that nobody refers to any more is closed at exit all the same: what it recorded ends well."""
+    run(
+        """
+        import gc
+        def work():
+            eventrun.open(sys.argv[1]).trial("p", name="n").log(loss=1.0)
+        work()
+        gc.collect()
+        """,
+        store,
+    )
+    assert journals(store) == []
+    assert ends(store) == {"n": ("interrupted", "no finish")}
+
+
+@pytest.mark.parametrize("registered", ["before", "after"])
+def test_a_trial_finished_at_exit(store: Path, registered: str) -> None:
+    """A trial that the program finishes in a function of its own at exit is completed, whether that function was
+    registered before the trial was begun or after, but not before eventrun was imported."""
+    run(
+        """
+        import atexit
+        def finish():
+            trial.log(loss=2.0)
+            trial.finish()
+        if sys.argv[2] == "before": atexit.register(finish)
+        trial = eventrun.open(sys.argv[1]).trial("p", name="n")
+        trial.log(loss=1.0)
+        if sys.argv[2] == "after": atexit.register(finish)
+        """,
+        store,
+        registered,
+    )
+    assert ends(store) == {"n": ("completed", None)}
+
+
+def test_a_question_that_takes_for_ever(store: Path) -> None:
+    """Closing doesn't wait for a long question: all that was recorded is in the log, and the process ends."""
+    _, err = run(
+        """
+        client = eventrun.open(sys.argv[1], close_timeout_s=0.2)
+        client.trial("p", name="n").log(loss=1.0)
+        client.flush().result()
+        client._portal.read(threading.Event().wait)
+        """,
+        store,
+    )
+    assert err == ""
+    assert journals(store) == []
+    assert ends(store) == {"n": ("interrupted", "no finish")}
+
+
+def test_a_reader_in_the_way(store: Path) -> None:
+    """A close whose checkpoint is hindered by a reader leaves its journal; a trial that never began isn't lost then."""
+    with eventrun.open(store, quiet=True) as client:
+        client.trial("p", name="done").finish()
+    reader = sqlite3.connect(store / "log.db", isolation_level=None)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM batches").fetchone() != (0,)
+    try:
+        with eventrun.open(store, quiet=True, close_timeout_s=0.3) as client:
+            client.trial("p", name="n")
+        assert len(journals(store)) == 1
+    finally:
+        reader.close()
+    assert ends(store) == {"done": ("completed", None), "n": ("created", None)}
+    assert journals(store) == []
+
+
+def test_a_close_on_another_thread_is_waited_for(store: Path) -> None:
+    """Whoever closes while another thread does so comes back when all is in the log."""
+    client = eventrun.open(store, quiet=True)
+    trial = client.trial("p", name="n")
+    for i in range(1000):
+        trial.log(i=i)
+    left: list[int] = []
+
+    def close() -> None:
+        client.close()
+        left.append(client._recorder.left)
+
+    threads = [threading.Thread(target=close) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert left == [0] * 4
+    assert journals(store) == []

@@ -1,20 +1,21 @@
 """`eventrun.open(...)`: one object that ties store, recorder and read side together.
 
-`past` has the store as it was, `checks` what questions may be made of.
+`past` has the store as it was, `checks` what questions may be made of, `ending` what is said at the end.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import damage, exits
 from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of
+from eventrun.client.ending import Ending, block_for_people, say
 from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
 from eventrun.codec import Batch, Stream
@@ -22,8 +23,8 @@ from eventrun.config import Settings, load_settings
 from eventrun.errors import Closed, InvalidValue, LogDamaged, NotFound, StoreError, StoreUnavailable
 from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.pending import Page, Pending, Query
-from eventrun.portal import Portal
-from eventrun.recorder import Recorder, Statistics
+from eventrun.portal import Portal, aside
+from eventrun.recorder import CLOSE_STORE_S, Recorder, Statistics
 from eventrun.recovery import RecoveryReport
 from eventrun.stores import open_store
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
@@ -48,6 +49,7 @@ __all__ = ["Client", "Past", "current_trial", "open"]
 
 LOOK_FOR_DEAD_WRITERS_S = 2.0  # how often readers look whether a writer was killed
 CLOSING_BLOCK_S = 0.3
+STUCK_S = 1.0  # how long closing waits for eventrun's own threads beyond the time that they have
 TAIL_POLL_S = 0.1
 
 T = TypeVar("T")
@@ -82,6 +84,7 @@ class Client:
         self._known: set[str] = set()  # projects and groups that were recorded
         self._looked_ns = 0
         self._closed = False
+        self._ending = Ending()
 
     def __repr__(self) -> str:
         return f"<Client of {self.url!r}{' (closed)' if self._closed else ''}>"
@@ -141,6 +144,9 @@ class Client:
         self._made.clear()
         self._resumed.clear()
         reader, self._readers = self._readers, None
+        if not self._ending.over:  # a close that was under way on a thread that the child hasn't got
+            self._closed = False
+            self._ending = Ending()
         exits.watch(self)
         return None if reader is None else (reader, reader.abandon())
 
@@ -420,35 +426,88 @@ class Client:
             trial.interrupt(reason, self._recorder.writer)
 
     def close(self) -> None:
-        """End what is unfinished, bring everything to the log and let go; at most `close_timeout_s`.
+        """End what is unfinished, bring everything to the log and let go; about `close_timeout_s` at most.
 
-        What doesn't get there in time stays in the journal, said in one line; the next open takes it in. Closing
-        again does nothing.
+        What doesn't get there in time, or before a Ctrl-C, stays in the journal, said in one line; the next open takes
+        it in. Closing again waits for the first close, if that goes on on another thread, and does nothing else.
         """
-        if self._closed:
+        ending = self._ending
+        if not ending.claim():
+            with self._telling_if_stopped(ending):
+                ending.wait(self.settings.close_timeout_s + CLOSE_STORE_S + STUCK_S)
             return
+        try:
+            with self._telling_if_stopped(ending):
+                self._end(ending, monotonic_ns() + int(self.settings.close_timeout_s * 1e9))
+        finally:
+            self._closed = True
+            exits.forget(self)
+            ending.finish()
+
+    @contextmanager
+    def _telling_if_stopped(self, ending: Ending) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # Ctrl-C, as a rule, by somebody who doesn't want to wait
+            self._closed = True
+            if not self._recorder.untouched:
+                self._recorder.close()  # in the background, as far as it gets
+            ending.say_left(self._recorder.left, "closing was interrupted", self._safe_place())
+            raise
+
+    def _end(self, ending: Ending, deadline: int) -> None:
+        def seconds() -> float:
+            return max(0.0, (deadline - monotonic_ns()) / 1e9)
+
         self.interrupt("no finish")
-        block = self._closing_block()
-        unknown = self._unknown()
+        # What is asked here is answered after a flush, so it may take its part of the time, but not all.
+        block = block_for_people(
+            self, self._made, quiet=self.settings.quiet, seconds=min(CLOSING_BLOCK_S, seconds() / 4)
+        )
+        unknown = self._unknown(seconds() / 2)
         self._closed = True
-        exits.forget(self)
-        safe = self._recorder.statistics().acknowledgement == "crash_safe"
-        left = self._recorder.close().result() if not self._recorder.untouched else 0
-        if left:
+        if not self._close_recorder(ending, seconds()):
             self._portal.forget()  # something hangs: its threads are daemons, and nobody waits for them
         else:
-            if self._readers is not None:
-                self._portal.read(self._readers.close).result()
-            self._portal.stop()
-        self._tell(left, safe, unknown, block)
+            closed = None if self._readers is None else self._portal.read(self._readers.close)
+            self._portal.stop(max(seconds(), STUCK_S))
+            if closed is not None and closed.done():
+                closed.result()
+        for trial_id in unknown:
+            say(
+                f"eventrun: there was no trial {trial_id} in {self.url} to resume; what was logged is kept under this "
+                "id, without a name: is it the right store?"
+            )
+        if block:
+            say(block)
 
-    def _unknown(self) -> list[str]:
+    def _close_recorder(self, ending: Ending, seconds: float) -> bool:
+        """Bring everything to the log; False when something hangs."""
+        recorder = self._recorder
+        if recorder.untouched:
+            return True
+        place = self._safe_place()  # of what is not in a file now, none will be if the loop itself hangs
+        try:
+            left = recorder.close(seconds).result(seconds + CLOSE_STORE_S + STUCK_S)
+            place = self._journals()
+        except TimeoutError:
+            left = recorder.left
+        ending.say_left(left, recorder.last_error or "the store didn't answer in time", place)
+        return not left and recorder.store_closed
+
+    def _journals(self) -> Path | None:
+        return None if self.folder is None else self.folder / "journals"
+
+    def _safe_place(self) -> Path | None:
+        return self._journals() if self._recorder.statistics().acknowledgement == "crash_safe" else None
+
+    def _unknown(self, seconds: float) -> list[str]:
         """Find resumed ids of which the store knows nothing but what was recorded under them here."""
         if not self._resumed:
             return []
 
         def look() -> list[str]:
-            self._recorder.flush().result(self.settings.close_timeout_s)
+            self._recorder.flush().result(seconds)
             subjects = {trial_subject(trial_id): trial_id for trial_id in self._resumed}
             found = {subject: self._read_log(subject=subject, limit_bytes=1 << 16) for subject in subjects}
             writer = self._recorder.writer
@@ -459,45 +518,9 @@ class Client:
             ]
 
         try:
-            return self._portal.read(look).result(self.settings.close_timeout_s)
+            return self._portal.read(look).result(seconds)
         except (StoreError, TimeoutError, RuntimeError):  # then there is worse to tell
             return []
-
-    def _closing_block(self) -> str:
-        stream = sys.stderr
-        if (
-            self.settings.quiet
-            or os.environ.get("CI")
-            or not self._made
-            or stream is None
-            or not stream.isatty()
-        ):
-            return ""
-        from eventrun.summary import closing_block
-
-        try:
-            return closing_block(self, self._made, seconds=CLOSING_BLOCK_S)
-        except RuntimeError:  # at interpreter exit Python 3.12 starts no thread any more
-            return ""
-
-    def _tell(self, left: int, safe: bool, unknown: list[str], block: str) -> None:
-        if left:
-            why = self._recorder.last_error or "the store didn't answer in time"
-            journals = None if self.folder is None else self.folder / "journals"
-            if safe and journals is not None and journals.is_dir():
-                _say(
-                    f"eventrun: {left:,} events are not in the log yet ({why}); they are safe in {journals}, "
-                    "and the next open of the store takes them in"
-                )
-            else:
-                _say(f"eventrun: {left:,} events are LOST: {why}; no journal could be written either")
-        for trial_id in unknown:
-            _say(
-                f"eventrun: there was no trial {trial_id} in {self.url} to resume; what was logged is kept under this "
-                "id, without a name: is it the right store?"
-            )
-        if block:
-            _say(block)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -519,9 +542,11 @@ class Client:
     ) -> None:
         import anyio
 
+        # On a daemon thread: after Ctrl-C only the interpreter's exit waits for it, and a second one ends that too.
+        closing = aside(self.close)
         # Shielded: a cancelled task group must not cost the last events their way to the log.
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self.close)
+            await closing
 
 
 def open(  # noqa: A001 - the documented name: eventrun.open
@@ -563,8 +588,3 @@ def current_trial() -> Trial | None:
     client = _default[url]
     joined = next((trial for trial in tuple(client._trials.values()) if trial.id == named), None)
     return joined or client.trial("joined", resume=named)
-
-
-def _say(text: str) -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(text + "\n")

@@ -12,11 +12,12 @@ from eventrun.journal.scan import (
     recover,
     segments_in,
 )
-from eventrun.journal.segments import JournalFolder, remove_folder
+from eventrun.journal.segments import ENDED_NAME, JournalFolder, remove_folder
 from eventrun.journal.writing import Chunk, Journal, new_journal
 
 __all__ = [
     "DAMAGED_SUFFIX",
+    "ENDED_NAME",
     "Chunk",
     "Held",
     "Journal",

@@ -451,6 +451,18 @@ class JournalFolder:
         self._arenas = []
         self.abandon()
 
+    def end(self, *, complete: bool) -> None:
+        """End the writer by its own will, with files left to be recovered by the next open; see `abandon`.
+
+        `complete`: nothing of what it had to say was lost.
+        """
+        if complete and self.path is not None and self._descriptor is not None:
+            try:
+                (self.path / ENDED_NAME).touch()
+            except OSError:  # then it will look like one that was killed
+                pass
+        self.abandon()
+
     def abandon(self) -> None:
         """Let the lock go and leave the files to be recovered by the next open (or, after a fork, to the parent).
 
@@ -481,6 +493,7 @@ def _raise_file_limit() -> bool:
 
 
 LOCK_NAME = "lock"
+ENDED_NAME = "ended"  # an empty file: the writer was closed, and has said of its trials what there was to say
 NEW_LOCK_NAME = "lock.new"  # until it is held
 
 
