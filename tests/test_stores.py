@@ -620,6 +620,35 @@ def test_a_repeat_alone_is_synced(failing: type[_Failing], store: SqliteStore, r
         run(store.append, some)
 
 
+def test_a_failed_connection_is_closed_last(failing: type[_Failing], store: SqliteStore, run: Run) -> None:
+    """SQLite never forgets where the write-ahead file ends: the failed connection waits until another is open."""
+    first, second = some_batches(2)
+    run(store.append, [first])
+    (raw,) = run(store._writer.run, lambda raw: [raw])
+    failing.fail = ("COMMIT", sqlite3.SQLITE_IOERR_FSYNC)
+    with pytest.raises(StoreUnavailable):
+        run(store.append, [second])
+    assert raw.total_changes  # a closed one would raise
+    assert (store.folder / "log.db-wal").exists()
+    run(store.append, [second])
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        raw.total_changes  # noqa: B018
+
+
+def test_nothing_is_written_behind_what_others_left(store: SqliteStore, run: Run, tmp_path: Path) -> None:
+    """What a killed process left in the write-ahead file is brought to the database before the first append."""
+    first, second, third = some_batches(3)
+    run(store.append, [first, second])
+    left = tmp_path / "left"
+    shutil.copytree(store.folder, left)
+    before = (left / "log.db-wal").read_bytes()
+    opened = SqliteStore(left)
+    run(opened.append, [third])
+    assert (left / "log.db-wal").read_bytes()[:24] != before[:24]  # begun anew
+    assert [stored.batch for stored in run(read_all, opened)] == [first, second, third]
+    run(opened.aclose)
+
+
 def test_a_full_disk(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full disk nothing is half-written; with space again the same append succeeds."""
     full = [*connection.TO_APPEND, "PRAGMA max_page_count = 20"]

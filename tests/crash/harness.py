@@ -106,12 +106,14 @@ class Run(NamedTuple):
         item_bytes: int = 0,
         pause_s: float = 0,
         end: str = "close",
+        patient: bool = False,
         prelude: str = "",
         python: Sequence[str] = (sys.executable,),
     ) -> list[str]:
         """Return the command line of a process that logs 0, 1, 2, ... to each of its trials (`events` 0: for ever).
 
-        `end` is "close" or "exit" (os._exit without a close). `prelude` is code that it runs first, for instance to
+        `end` is "close" or "exit" (os._exit without a close). If `patient` it goes on after a flush that failed.
+        `prelude` is code that it runs first, for instance to
         break eventrun on purpose.
         """
         numbers = {
@@ -120,6 +122,7 @@ class Run(NamedTuple):
         }  # fmt: skip
         texts = {"--end": end, "--prelude": prelude}
         options = [f"{name}={value}" for name, value in {**numbers, **texts}.items()]
+        options += ["--patient"] * patient
         return [*python, str(WORKLOAD), str(store), self.name, str(self.counts), *options]
 
 

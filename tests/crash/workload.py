@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--linger-ms", type=float, default=20.0)
     parser.add_argument("--pause-s", type=float, default=0.0)
     parser.add_argument("--end", choices=("close", "exit"), default="close")
+    parser.add_argument("--patient", action="store_true")
     parser.add_argument("--prelude", default="")
     options = parser.parse_args()
     exec(options.prelude, {"__name__": "prelude"})
@@ -40,9 +41,13 @@ def main() -> None:
             mapped[2 * place] = done + 1
         done += 1
         if options.flush_every and done % options.flush_every == 0:
-            client.flush().result()
-            for place in range(options.trials):
-                mapped[2 * place + 1] = done
+            try:
+                client.flush().result()
+                for place in range(options.trials):
+                    mapped[2 * place + 1] = done
+            except eventrun.StoreError:  # nothing is durable then, nothing lost
+                if not options.patient:
+                    raise
         if options.pause_s:
             time.sleep(options.pause_s)
     if options.end == "exit":

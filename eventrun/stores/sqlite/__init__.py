@@ -5,9 +5,9 @@ two changes of thread. Statement by statement it would be a dozen, and beside a 
 takes up to 5 ms. Appends, reads, and what may take long (checkpoints, backups) have a thread and a connection each,
 opened on first use.
 
-Durability: write-ahead log, synchronous=FULL. A connection that has failed is closed, never used again: what a
-failed fsync has lost the kernel doesn't write a second time. The next call opens anew, and the caller, who still
-holds the bytes, appends them again.
+Durability: write-ahead log, synchronous=FULL. A connection that has failed is never used again, and closed when another
+is open: what a failed fsync has lost the kernel doesn't write a second time. The next call opens anew, and the caller,
+who still holds the bytes, appends them again.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class SqliteStore:
         """Append all batches or none, durably, and return the position of the last event. See `Store.append`."""
 
         def job(raw: sqlite3.Connection) -> int:
+            self._writer.log.leave_found_wal(raw)
             end = self._appender.append(raw, batches, expected or {})
             self._mark.write(end)
             return end

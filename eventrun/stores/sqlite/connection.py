@@ -5,6 +5,7 @@ A fork is waited for: see `_close_before_fork`.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -62,6 +63,8 @@ class Log:
         self.read_only = False
         self._create = create
         self._raw: sqlite3.Connection | None = None
+        self._failed: list[sqlite3.Connection] = []  # not used any more, not closed yet
+        self.found_wal = False  # when this connection was opened, something was in the write-ahead file
         self._identity: tuple[int, int] | None = None
         self.lock = threading.Lock()  # held by the job, and by a fork
         _logs.add(self)
@@ -81,16 +84,17 @@ class Log:
             try:
                 if self._raw is None:
                     self._raw = self._open()
+                    self._close_failed()
                 return job(self._raw)
             except sqlite3.Error as error:
                 if _code(error) != sqlite3.SQLITE_BUSY:
-                    self.close()
+                    self._set_aside()
                 raise store_error(error, self.file) from error
             except (
                 OverflowError,
                 UnicodeDecodeError,
             ) as error:  # a flipped bit in a number, in the schema's text
-                self.close()
+                self._set_aside()
                 raise LogDamaged(f"{self.file} is damaged: {error}; {SALVAGE}", (str(self.file),)) from error
 
     def connect(self) -> sqlite3.Connection:
@@ -99,9 +103,32 @@ class Log:
 
     def close(self) -> None:
         """Close the connection; the next job opens another."""
+        if self._raw is None and self._failed:
+            import sqlite3
+
+            try:
+                self._raw = (
+                    self._open()
+                )  # so that none that has failed is the last one, which SQLite checkpoints with
+            except (sqlite3.Error, StoreError):
+                pass
+        self._close_failed()
         raw, self._raw = self._raw, None
         if raw is not None:
             raw.close()
+
+    def _set_aside(self) -> None:
+        # Not closed until another is open: the last one to be closed checkpoints, that is, it retries the sync that has
+        # failed. And when nobody has the database open SQLite forgets where the write-ahead file ends, reads it anew,
+        # and takes the commit whose sync has failed for a good one, though the kernel may have dropped its pages.
+        # (Tried, with a second failure there: what was appended after it was lost at a power cut.)
+        if self._raw is not None:
+            self._failed.append(self._raw)
+            self._raw = None
+
+    def _close_failed(self) -> None:
+        while self._failed:
+            self._failed.pop().close()
 
     def wal_bytes(self) -> int:
         """Return the size of the write-ahead file."""
@@ -125,6 +152,21 @@ class Log:
         finally:
             gate.close()
 
+    def leave_found_wal(self, raw: sqlite3.Connection) -> None:
+        """Before the first append: write nothing behind what others have left in the write-ahead file."""
+        # They may have been killed after a sync that had failed. Then what looks like their last commit may be gone
+        # from the disk, and with it, after a power cut, all that follows it in the file. In the database it is safe.
+        # A reader or a full disk that hinders this doesn't stop us: all of these faults would have to meet.
+        import sqlite3
+
+        if not self.found_wal:
+            return
+        try:
+            self.found_wal = not self.checkpoint(raw)
+        except sqlite3.Error as error:
+            if _code(error) != sqlite3.SQLITE_FULL:
+                raise
+
     def _begin_wal_anew(self, gate: sqlite3.Connection) -> bool:
         """After a whole checkpoint, have the next frame written at the start of the write-ahead file."""
         # Until then it holds what was copied. If all die and a byte of it changes, SQLite takes the frames before
@@ -147,7 +189,8 @@ class Log:
     def abandon(self) -> object:
         """Give away the connection as it is: in a fork's child it must be neither used nor closed."""
         raw, self._raw = self._raw, None
-        return raw
+        failed, self._failed = self._failed, []
+        return raw, failed
 
     def check_writable(self) -> None:
         """Raise StoreUnavailable in a place where nothing can be written."""
@@ -172,6 +215,8 @@ class Log:
         self.read_only = not os.access(folder, os.W_OK | os.X_OK) or (
             self.file.exists() and not os.access(self.file, os.W_OK)
         )
+        if not self._failed:  # else we know where the file ends, see `_set_aside`
+            self.found_wal = not self.read_only and self.wal_bytes() > 0
         if self.read_only:
             raw = self._open_read_only()
         else:
@@ -307,8 +352,9 @@ def sync_parents(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-    except OSError:  # not ours to read, so not new; or a system that has no such thing
-        pass
+    except OSError as error:  # not ours to read, so not new; or a system that has no such thing
+        if error.errno == errno.EIO:
+            raise StoreUnavailable(f"{folder}: the disk failed; look at the system's log: {error}") from error
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
