@@ -90,7 +90,7 @@ async def _recover_writer(store: Store, folder: Path, report: RecoveryReport, to
     closed = (folder / ENDED_NAME).exists()  # then its trials are as it left them, not lost
     for stream in streams:
         if not closed and stream.subject.startswith("t/") and (await store.tip(stream)).sequence:
-            await _note_end(store, stream)
+            await note_end(store, stream)
     await store.settle()
     report.writers += 1
     if problems:
@@ -153,7 +153,7 @@ async def _append(store: Store, segment: Found, found: Recovered, tip: Tip) -> T
     return tip
 
 
-async def _note_end(store: Store, stream: Stream) -> None:
+async def note_end(store: Store, stream: Stream) -> None:
     """Append WriterEnded to the subject's claim stream, once."""
     claims = Stream(stream.subject, CLAIM_WRITER)
     while True:

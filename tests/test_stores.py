@@ -1123,3 +1123,21 @@ def test_a_damaged_mark_is_found(store: SqliteStore, folder: Path, run: Run) -> 
     (folder / "log.mark").write_bytes(mark)
     (found,) = store.damage()
     assert "log.mark" in str(found)
+
+
+def test_damage_in_use_is_told_from_what_never_counted(store: SqliteStore, folder: Path, run: Run) -> None:
+    """While the log is open its index says how far the write-ahead file counts; behind that nothing is damage."""
+    for batch in some_batches(12):
+        run(store.append, [batch])
+    with (folder / "log.db-wal").open("r+b", buffering=0) as file:
+        data = file.read()
+        file.seek(5000)
+        file.write(bytes([data[5000] ^ 1]))
+        file.seek(len(data))
+        file.write(data[32:])  # frames of this run, whose checksums don't follow
+        assert [found.first for found in store.damage()] == [32 + 4120]
+        file.seek(5000)
+        file.write(bytes([data[5000]]))
+        assert store.damage() == []
+        assert [found.first for found in store.damage(tail_lost=True)] == [len(data)]
+        file.truncate(len(data))

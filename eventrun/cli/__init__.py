@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    from eventrun.errors import EventrunError, InvalidValue
+    from eventrun.errors import SALVAGE, EventrunError, InvalidValue, LogDamaged
 
     try:
         arguments = parse(argv)
@@ -51,6 +51,11 @@ def _run(argv: Sequence[str]) -> int:
         return end.code if isinstance(end.code, int) else 2
     except InvalidValue as error:
         return _complain(error, 2)
+    except LogDamaged as error:
+        code = _complain(error, 1)
+        if "salvage" not in str(error):
+            print(SALVAGE, file=sys.stderr)
+        return code
     except EventrunError as error:
         return _complain(error, 1)
 

@@ -1,4 +1,4 @@
-"""`eventrun verify`, `rebuild` and `backup`: keep a store well."""
+"""`eventrun verify`, `salvage`, `rebuild` and `backup`: keep a store well."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eventrun.cli import terminal
 from eventrun.cli.opening import reading, store_folder, store_url
 from eventrun.cli.verbs import TRIAL_HELP, Command
 from eventrun.clock import monotonic_ns
-from eventrun.errors import LogDamaged
+from eventrun.errors import InvalidValue, LogDamaged
 from eventrun.summary import Column, amount, clean, command, duration, near, size
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _unopened(arguments: argparse.Namespace, error: LogDamaged) -> VerifyReport:
 
     folder = store_folder(store_url(arguments))
     journals = [] if folder is None else check_journals(folder / "journals")
-    problems = [damage.file("log.db", str(error)), *(each for found in journals for each in found.damage)]
+    problems = [damage.file("log.db", str(error)), *(each for found in journals for each in found.problems)]
     return VerifyReport(
         end=0, batches=0, events=0, bytes=0, streams=0, problems=tuple(problems), journals=tuple(journals)
     )
@@ -76,6 +76,35 @@ def tell_damage(found: Sequence[Damage]) -> None:
     """Print damage as a table."""
     rows = [[clean(each.place), each.costs, clean(each.what)] for each in found]
     terminal.table([Column("where"), Column("costs"), Column("what", cut=True)], rows)
+
+
+def _salvage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="a folder that is new or empty")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def salvage(arguments: argparse.Namespace) -> int:
+    """Save what can be read; 1 when something is lost."""
+    from eventrun.salvage import REPORT
+    from eventrun.salvage import salvage as salvage_store
+
+    folder, out = store_folder(store_url(arguments)), Path(arguments.out)
+    if folder is None:
+        raise InvalidValue("only a store that is a folder has files to salvage")
+    with terminal.progress("salvaging"):
+        report = salvage_store(folder, out)
+    if arguments.json:
+        terminal.show_json(report.to_dict())
+    elif report.problems:
+        tell_damage(report.problems)
+    for each in report.continued:
+        terminal.say(f"{each.stream} {each.first}..{each.last} goes on as {each.now} from {each.begins}")
+    lost = f"{amount(report.lost, 'event')} lost" if report.lost or report.problems else "none lost"
+    terminal.say(
+        f"{amount(report.events, 'event')} saved in {near(out)}, {lost}; {near(out / REPORT)} has all of this\n"
+        f"to look at it: {command(str(out), 'ls')}"
+    )
+    return 0 if report.ok else 1
 
 
 def _rebuild_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +137,7 @@ def backup(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "verify": Command(_verify_arguments, verify),
+    "salvage": Command(_salvage_arguments, salvage),
     "rebuild": Command(_rebuild_arguments, rebuild),
     "backup": Command(_backup_arguments, backup),
 }

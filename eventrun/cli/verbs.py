@@ -82,6 +82,11 @@ SECTIONS: dict[str, dict[str, Verb]] = {
         "verify": Verb(
             "upkeep", "read the whole log and check it", ("eventrun verify", "eventrun verify --views --json")
         ),
+        "salvage": Verb(
+            "upkeep",
+            "write all that can be read of a damaged store to a new one",
+            ("eventrun salvage rescued", "eventrun --store broken salvage rescued --json"),
+        ),
         "rebuild": Verb("upkeep", "make the views anew from the log", ("eventrun rebuild",)),
         "doctor": Verb("doctor", "tell how the store and this machine are", ("eventrun doctor",)),
     },

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from eventrun.projections import GroupState, Projection, ProjectState, TrialState
     from eventrun.projector import VerifyReport
     from eventrun.query import Reader, Series
+    from eventrun.salvage import SalvageReport
 
 __all__ = ["Client", "Past", "current_trial", "open"]
 
@@ -349,6 +350,7 @@ class Client:
         """What is wrong beyond the batches themselves: a lost tail, SQLite's own structure, the files."""
         found: list[Damage] = []
         store = self._recorder.store
+        lost = None
         try:
             if (lost_tail := getattr(store, "lost_tail", None)) is not None:
                 lost = self._portal.call(lost_tail).result()
@@ -360,7 +362,7 @@ class Client:
         except LogDamaged as error:
             found.append(damage.file("log.db", str(error)))
         if (look := getattr(store, "damage", None)) is not None:
-            found += look()
+            found += look(tail_lost=lost is not None)
         return found
 
     def _check_journals(self) -> list[JournalReport]:
@@ -376,6 +378,26 @@ class Client:
     def recovery(self) -> Pending[RecoveryReport]:
         """Take in what killed writers of this host left; reads do so by themselves."""
         return self._ask(False, self._recover)
+
+    def salvage(self, out: Path | str) -> Pending[SalvageReport]:
+        """Write a clean store with all that can be read of this one to a new or empty folder, and tell what not.
+
+        This store is only read. Where it can't even be opened: `eventrun.salvage.salvage(folder, out)`.
+        """
+        from eventrun.salvage import salvage
+
+        if self.folder is None:
+            raise InvalidValue(f"the store {self.url!r} has no files to salvage")
+        folder = self.folder
+
+        def job() -> SalvageReport:
+            try:
+                self._freshen()
+            except LogDamaged:  # what was recorded is in the journals
+                pass
+            return salvage(folder, Path(out))
+
+        return self._ask(False, job)
 
     def backup(self, folder: Path | str) -> Pending[None]:
         """Copy the store to an empty or new folder while it is used: all that is durable now. Raises StoreError."""

@@ -37,6 +37,11 @@ class JournalReport(Struct, frozen=True, kw_only=True):
     events: int
     damage: tuple[Damage, ...] = ()
 
+    @property
+    def problems(self) -> tuple[Damage, ...]:
+        """What is surely wrong: what lies elsewhere may be half-written, or of a machine that went down."""
+        return () if self.state == "elsewhere" else self.damage
+
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
         return {**structs.asdict(self), "damage": [each.to_dict() for each in self.damage]}
@@ -74,7 +79,8 @@ def _death(folder: Path) -> bool | None:
 def _check(folder: Path) -> JournalReport:
     state = state_of(folder)
     looks = LOOKS if state in ("live", "elsewhere") else 1
-    torn = state == "dead" and bool(_death(folder))
+    # What a writer of an earlier boot, or none that can be told, left may lack pages that a power loss cost.
+    torn = state == "elsewhere" or (state == "dead" and bool(_death(folder)))
     streams, events, problems = _look(folder, torn)
     for _ in range(looks - 1):
         if not problems:

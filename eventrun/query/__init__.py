@@ -118,11 +118,8 @@ class Reader(Reads):
         """Read the whole log and the journals and check them; with `views`, also fold the log anew and compare."""
         report = verify_log(self.views.log, self.views.pace())
         journals = self._journals()
-        problems = [
-            *report.problems,
-            *self._inspect(),
-            *(each for found in journals for each in found.damage),
-        ]
+        held = [each for found in journals for each in found.problems]
+        problems = [*report.problems, *self._inspect(), *held]
         right = None
         if views and not report.problems:  # what is damaged can't be folded
             self.views.catch_up_all()

@@ -135,10 +135,10 @@ class SqliteStore:
 
         return await self._open(self._keeper).run(job)
 
-    def damage(self) -> list[Damage]:
+    def damage(self, *, tail_lost: bool = False) -> list[Damage]:
         """Find what is wrong with the files beside what SQLite reads; doesn't wait for the log."""
         found = []
-        wal = damage_in_wal(self.folder / "log.db")
+        wal = damage_in_wal(self.folder / "log.db", tail_too=tail_lost)
         if wal is not None:
             first, last, what = wal
             found.append(damage.file("log.db-wal", what, None, (first, last)))
