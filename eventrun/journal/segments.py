@@ -3,8 +3,9 @@
 A mapped file (MAP_SHARED) belongs to the kernel as soon as the bytes are copied: a killed process loses none of
 them, and no system call is made. One journal per stream, so its bytes are the payload of the next batch as they lie.
 
-    journals/<writer>/lock              held while the writer lives; host, boot and pid inside
-    journals/<writer>/<n>-<size>.arena  slots of `size` bytes; each in use is one segment of one stream
+    journals/<writer>/lock                      held while the writer lives; host, boot and pid inside
+    journals/<writer>/<n>-<size>x<slots>.arena  slots of `size` bytes; each in use is one segment of one stream. A
+                                                shorter file was cut off. (No `x<slots>`: it may have any length)
 
     segment   u64 head | magic | u64 writer | u64 first sequence | u32 start | u32 slots of the ring | u32 CRC of the
               fields from magic to subject without the ring | u16 length of subject | ring of marks | subject | items
@@ -42,7 +43,6 @@ from zlib import crc32
 
 from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
-from eventrun.locks import owner, try_lock
 
 SEGMENT_BYTES = (16 << 10, 256 << 10, 4 << 20, 32 << 20)  # a stream's first segment, its second, ...
 WRITTEN_SEGMENT_BYTES = (
@@ -209,8 +209,10 @@ class Arena:
         self.slot_bytes = slot_bytes
         self.slots = slots
         self.mapped = mapped
-        self.descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         size = slot_bytes * slots
+        # Its name says how long it is, so it gets it when it is that long: what is shorter was cut off.
+        new = path.with_name(path.name + ".new")
+        self.descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         if mapped:
             try:
                 # A hole on a full disk would be a SIGBUS at the copy; space that is taken beforehand can't be one.
@@ -218,10 +220,16 @@ class Arena:
                 self.mapping = mmap.mmap(self.descriptor, size)
                 self.view = memoryview(self.mapping)
             except OSError:
-                path.unlink()
+                new.unlink()
                 raise
             finally:
                 self.__del__()
+        else:
+            try:
+                os.ftruncate(self.descriptor, size)
+            except OSError:  # longer than files may be here (ulimit -f); it will grow as far as it goes
+                self.path = path.with_name(path.name.replace(f"x{slots}.", "."))
+        os.rename(new, self.path)
         self.vacant = list(range(0, size, slot_bytes))[::-1]
         self.spent = 0  # slots of a written file that were given back: they aren't used again
 
@@ -319,15 +327,12 @@ class JournalFolder:
             return False
         self._opening = True
         try:
-            self._descriptor = self._make_lock(self.path)
+            self._descriptor = _make_locked(self.path)
         finally:
             self._opening = False
         if self.ended:  # meanwhile, by another thread or a signal handler
             self.remove()
         return not self.ended
-
-    def _make_lock(self, path: Path) -> int:
-        return make_locked(path)
 
     def size_for(self, stream: Stream, item_bytes: int, previous: int) -> int:
         """Choose a segment's size, see `size_for`."""
@@ -383,7 +388,7 @@ class JournalFolder:
 
     def _arena(self, size: int, slots: int, *, mapped: bool) -> Arena:
         assert self.path is not None
-        arena = Arena(self.path / f"{next(self._numbers)}-{size}.arena", size, slots, mapped=mapped)
+        arena = Arena(self.path / f"{next(self._numbers)}-{size}x{slots}.arena", size, slots, mapped=mapped)
         if self._abandoned:  # the writer has ended meanwhile, and nobody else would remove it
             arena.path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty: it wasn't removed
@@ -499,16 +504,12 @@ def _raise_file_limit() -> bool:
 LOCK_NAME = "lock"
 ENDED_NAME = "ended"  # an empty file: the writer was closed, and has said of its trials what there was to say
 NEW_LOCK_NAME = "lock.new"  # until it is held
-CLOSED_NAME = "closed"  # the lock of a writer on a network disk that has ended: what is in its files is all
 
 
-def make_locked(path: Path, *, shared: bool = False) -> int:
-    """Make a writer's folder with its lock held; the lock appears under its name only when it is held.
-
-    A `shared` one lies on a network disk, where file locks may not work: its owner says whether this one does.
-    """
+def _make_locked(path: Path) -> int:
+    """Make a writer's folder with its lock held; the lock appears under its name only when it is held."""
     try:
-        import fcntl  # noqa: F401 - only to see whether there is any
+        import fcntl
     except ImportError as error:
         raise OSError("this system has no file locks that end with their process") from error
     path.mkdir(parents=True)
@@ -517,10 +518,8 @@ def make_locked(path: Path, *, shared: bool = False) -> int:
     try:
         # Not inherited by an exec, and never mapped: an mmap keeps a duplicate, and a fork's child would hold the lock.
         descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        locked = try_lock(descriptor) is True
-        if not locked and not shared:
-            raise OSError(errno.ENOLCK, "this file system has no file locks")
-        os.write(descriptor, json.dumps({**owner(), "flock": locked} if shared else owner()).encode())
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(descriptor, json.dumps(owner()).encode())
         new.rename(path / LOCK_NAME)
     except BaseException:
         if descriptor >= 0:
@@ -530,9 +529,21 @@ def make_locked(path: Path, *, shared: bool = False) -> int:
     return descriptor
 
 
+def owner() -> dict[str, str | int]:
+    """Say who this process is, as it stands in a lock file: host, boot, pid."""
+    return {"host": os.uname().nodename, "boot": _boot_id(), "pid": os.getpid()}
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return ""
+
+
 def remove_folder(path: Path) -> None:
     """Remove a writer's folder, the lock last: without it the rest would look like a writer about to begin."""
     for entry in path.glob("*"):
-        if entry.name not in (LOCK_NAME, CLOSED_NAME):
+        if entry.name != LOCK_NAME:
             entry.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

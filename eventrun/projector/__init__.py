@@ -34,6 +34,7 @@ from eventrun.projector.transactions import (
     View,
     checkpoint,
     ending,
+    furthest,
     lock,
     reading,
     set_checkpoint,
@@ -144,6 +145,20 @@ class Views:
     def catch_up(self) -> int:
         """Fold what the log holds by now, and return the position reached."""
         return self.read(lambda db: checkpoint(db, TRIALS)[0])
+
+    def drop_if_ahead(self) -> None:
+        """Begin anew if the views have read further than the log goes.
+
+        To be called before a lost tail is appended again, from journals: the same batches may come in another order,
+        and where the last one lies where it was, nobody could tell afterwards.
+        """
+        if self._db is not None or (self._place is not None and self._place.current() is not None):
+            self._healing(lambda _: self._check_not_ahead(self._open()))
+
+    def _check_not_ahead(self, db: sqlite3.Connection) -> None:
+        reached, end = furthest(db), self.log.end()
+        if reached > end:
+            raise UnusableView(f"the log ends at {end}, the views have read up to {reached}")
 
     def register(self, projection: Projection[Any]) -> None:
         """Keep a projection of the user's own; one of the same name is replaced."""

@@ -21,6 +21,7 @@ POLL_MS = 200  # how long to wait for the write lock before looking whether anot
 STUCK_S = 60.0  # how long another process may hold the lock without getting on
 
 _CHECKPOINT = "SELECT position, batch FROM checkpoints WHERE view = ? AND version = ?"
+_FURTHEST = "SELECT coalesce(max(position), 0) FROM checkpoints"
 _SET_CHECKPOINT = "INSERT OR REPLACE INTO checkpoints (view, version, position, batch) VALUES (?, ?, ?, ?)"
 
 
@@ -30,6 +31,14 @@ def checkpoint(db: sqlite3.Connection, view: View) -> tuple[int, bytes]:
     if not isinstance(position, int) or not isinstance(mark, bytes):
         raise DamagedView(f"the checkpoint of {view[0]!r} is no position")
     return position, mark
+
+
+def furthest(db: sqlite3.Connection) -> int:
+    """Return the furthest position that any view has read up to."""
+    (position,) = db.execute(_FURTHEST).fetchone()
+    if not isinstance(position, int):
+        raise DamagedView("a checkpoint is no position")
+    return position
 
 
 def set_checkpoint(db: sqlite3.Connection, view: View, position: int, mark: bytes) -> None:
