@@ -40,6 +40,7 @@ COMMIT_BYTES = 16 << 20  # about the most that one append holds, unpacked
 PACKED_PER_COMMIT = 64  # zlib gives up the GIL; a busy main thread makes each return cost up to 5 ms
 SETTLE_BYTES = 32 << 20  # unpacked bytes between two settlings of the store
 UPKEEP_S = 0.1  # how often journals are looked after, also while the store keeps an append waiting
+RESCUE_S = 1.0  # how often files are tried again for what lies in memory alone
 RESIDENT_BYTES = 64 << 20  # about the most that mapped journals take of this process's memory
 # The most memory that recording takes, however much waits for the store: the journals' part, a commit unpacked and
 # packed, SQLite's cache, and what Python doesn't give back at once. Where no file can be written, MEMORY_BYTES more.
@@ -279,13 +280,23 @@ class Recorder:
         to be made, and what was written doesn't stay in memory."""
         import asyncio
 
+        since_rescue_s = 0.0
         while not self._closed:
             await asyncio.sleep(UPKEEP_S)
+            since_rescue_s += UPKEEP_S
             try:
                 self._prepare()
                 await self._trim()
+                if self._folder.unsaved and since_rescue_s >= RESCUE_S:
+                    since_rescue_s = 0.0
+                    self._rescue()
             except Exception as error:  # noqa: BLE001 - of the one place: it is tried again
                 self._last_error = str(error) or repr(error)
+
+    def _rescue(self) -> None:
+        for _, journal in self._open_journals():
+            if not journal.rescue():
+                return
 
     async def _trim(self) -> None:
         import asyncio
@@ -337,6 +348,8 @@ class Recorder:
         for each in sealed:
             each.journal.confirm(each.chunk)
             each.recording.durable = each.batch.header.last
+            if self._folder.memory_bytes:
+                each.journal.release(each.recording.durable, memory=True)
             self._counts["durable"] += each.chunk.events
             self._unsettled_bytes += len(each.chunk.payload)
         self._counts["batches"] += len(sealed)

@@ -1047,9 +1047,83 @@ def test_memory_is_bounded_and_what_is_dropped_counted(small: None, monkeypatch:
     assert folder.dropped_events == 200 - number
 
 
+def test_memory_is_let_go_as_soon_as_the_log_has_it(small: None) -> None:
+    """Segments without a file needn't wait until the log is settled: after a power loss they couldn't help it."""
+    journal = begun(JournalFolder(None))
+    sent = [item(i, 100) for i in range(100)]
+    log(journal, sent)
+    before = journal._folder.memory_bytes
+    taken = take(journal, 4000)
+    journal.release(sum(chunk.events for chunk in taken), memory=True)
+    assert journal._folder.memory_bytes < before - 2000
+    assert joined(taken + take_all(journal)) == sent
+
+
+@pytest.mark.parametrize("kind", [Journal, WrittenJournal])
+def test_one_that_only_waits_is_rescued_too(
+    small: None, opened: Open, monkeypatch: pytest.MonkeyPatch, kind: type[Journal]
+) -> None:
+    """Of a stream to which nothing more is recorded all reaches files, too, when there is space again."""
+    journal = opened(mapped=kind is Journal)
+    assert type(journal) is kind
+    full = True
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*arguments)
+
+        return called
+
+    for name in ("posix_fallocate", "pwrite"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    sent = [item(i, 100) for i in range(50)]
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        log(journal, sent)
+    taken = take(journal, 700)
+    assert [journal._folder.crash_safe] == [False]
+    assert not journal.rescue()
+    full = False
+    assert journal.rescue()
+    assert [journal._folder.crash_safe] == [True]
+    assert journal._folder.problem is None
+    assert found_in(path_of(journal)) == (sent, [])
+    assert joined(taken + take_all(journal)) == sent
+
+
+def test_what_lies_behind_a_gap_is_not_called_safe(
+    small: None, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end, what no file could be had for is counted with all that comes after it in its stream."""
+    journal = opened()
+    allocate = os.posix_fallocate
+    full = True
+
+    def fallocate(descriptor: int, start: int, size: int) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(descriptor, start, size)
+
+    def no_file(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log(journal, [item(i, 100) for i in range(10)])
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        log(journal, [item(i, 100) for i in range(10, 100)])
+    full = False
+    log(journal, [item(i, 100) for i in range(100, 200)])
+    journal.shut()
+    monkeypatch.setattr(journal._folder, "_arena", no_file)
+    kept, _ = found_in(path_of(journal))
+    assert journal.save() == 200 - sum(1 for i in range(200) if item(i, 100) in kept and i < 100)
+
+
 def test_a_full_disk_then_space_again(small: None, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While space can't be had events are kept in memory, which is told; then segments lie in files again. What the
-    log takes is whole; what a kill would leave is a prefix."""
+    """While space can't be had events are kept in memory, which is told; then segments lie in files again, also those
+    from before, and not until then it is crash_safe. What the log takes is whole; what a kill would leave is a
+    prefix."""
     journal = opened()
     allocate = os.posix_fallocate
     full: list[bool] = []
@@ -1075,13 +1149,18 @@ def test_a_full_disk_then_space_again(small: None, opened: Open, monkeypatch: py
     on_disk, _ = found_in(path_of(journal))
     assert on_disk == sent[: len(on_disk)]
     assert len(on_disk) >= 5
+    assert not journal.rescue()
     full.clear()
     log(60)
-    assert journal._folder.crash_safe
+    assert [journal._folder.crash_safe] == [False]
     assert found_in(path_of(journal))[0] == on_disk
+    assert journal.rescue()
+    assert [journal._folder.crash_safe] == [True]
+    log(3)
+    assert found_in(path_of(journal)) == (sent, [])
+    assert journal._folder.memory_bytes == 0
     assert joined(take_all(journal, 700)) == sent
     journal.release(len(sent))
-    assert journal._folder.memory_bytes == 0
     log(3)
     first = first_kept(journal)
     assert found_in(path_of(journal), first) == (sent[first - 1 :], [])

@@ -289,6 +289,7 @@ class JournalFolder:
         self.path = path
         self.mapped = mapped
         self.problem: str | None = None
+        self.unsaved: set[Segment] = set()  # with events that should be in a file and aren't
         self.memory_bytes = 0
         self.dropped_events = 0
         self._arenas: list[Arena] = []
@@ -300,8 +301,11 @@ class JournalFolder:
 
     @property
     def crash_safe(self) -> bool:
-        """Tell whether what is appended survives a kill of the process."""
-        return self.path is not None and self.problem is None
+        """Tell whether all that was appended, and what will be now, survives a kill of the process.
+
+        An event in a file behind one that only memory has would not: a stream is recovered up to its first gap.
+        """
+        return self.path is not None and self.problem is None and not self.unsaved
 
     @property
     def ended(self) -> bool:
@@ -310,14 +314,21 @@ class JournalFolder:
 
     def segment(self, stream: Stream, item_bytes: int = 0, previous: int = 0) -> Segment | None:
         """Find room for more items of a stream: a slot of an arena, memory, or None when that is full too."""
+        # When the disk is full, or gone, memory takes over until it works again.
+        return self.in_file(stream, item_bytes, previous) or self._in_memory(
+            size_for(stream, item_bytes, previous, WRITTEN_SEGMENT_BYTES), None
+        )
+
+    def in_file(self, stream: Stream, item_bytes: int = 0, previous: int = 0) -> Segment | None:
+        """Find a slot of an arena, or None."""
         try:
             if self._descriptor is not None or self._open():
                 least = self.size_for(stream, item_bytes, 0)
                 return self._in_arena(self.size_for(stream, item_bytes, previous), least)
-        except OSError as error:  # the disk is full, or gone: memory takes over until it works again
+        except OSError as error:
             if not self._abandoned:  # else the writer has just ended, and the folder with it
                 self.note(error)
-        return self._in_memory(size_for(stream, item_bytes, previous, WRITTEN_SEGMENT_BYTES), None)
+        return None
 
     def _open(self) -> bool:
         """Make the folder with its lock, at the first segment; False when there is none to make."""
@@ -353,35 +364,46 @@ class JournalFolder:
             _warn(f"events are lost: the log doesn't take them, journals can't be written ({self.problem}), and memory "
                   f"({MEMORY_BYTES:,} bytes) is full or at its end; statistics() counts them")  # fmt: skip
 
+    def saved(self, segment: Segment) -> None:
+        """Note that a segment's events are in a file, or in the log."""
+        if segment in self.unsaved:
+            self.unsaved.discard(segment)
+            if not self.unsaved:
+                self.problem = None
+
     def _in_arena(self, size: int, least: int) -> Segment | None:
-        place = self._vacant(size, size)
-        if place is None:
-            try:
-                place = self._new_arena(size)
-            except OSError:
-                place = self._vacant(least, size)  # what is there already takes no space
-                if place is None:
-                    raise
-        self.problem = None
+        try:
+            place = self._slot(size, mapped=self.mapped)
+        except OSError:
+            found = self._vacant(least, size, mapped=self.mapped)  # what is there already takes no space
+            if found is None:
+                raise
+            place = found
+        if not self.unsaved:
+            self.problem = None
         arena, base = place
         if self.mapped:
             return Segment(arena.view, base, arena.slot_bytes, place)
         return self._in_memory(arena.slot_bytes, place)
 
-    def _vacant(self, least: int, most: int) -> Slot | None:
+    def _slot(self, size: int, *, mapped: bool) -> Slot:
+        return self._vacant(size, size, mapped=mapped) or self._new_arena(size, mapped=mapped)
+
+    def _vacant(self, least: int, most: int, *, mapped: bool) -> Slot | None:
         for arena in tuple(self._arenas):
-            if least <= arena.slot_bytes <= most and (base := arena.take()) is not None:
+            fits = least <= arena.slot_bytes <= most and arena.mapped == mapped
+            if fits and (base := arena.take()) is not None:
                 return Slot(arena, base)
         return None
 
-    def _new_arena(self, size: int) -> Slot:
-        slots = max(1, (ARENA_BYTES if self.mapped else WRITTEN_ARENA_BYTES) // size)
+    def _new_arena(self, size: int, *, mapped: bool) -> Slot:
+        slots = max(1, (ARENA_BYTES if mapped else WRITTEN_ARENA_BYTES) // size)
         try:
-            arena = self._arena(size, slots, mapped=self.mapped)
+            arena = self._arena(size, slots, mapped=mapped)
         except OSError as error:
             if error.errno != errno.EMFILE or not _raise_file_limit():
                 raise
-            arena = self._arena(size, slots, mapped=self.mapped)
+            arena = self._arena(size, slots, mapped=mapped)
         place = Slot(arena, arena.vacant.pop())
         self._arenas.append(arena)  # not before: another thread would take its only slot
         return place
@@ -402,21 +424,32 @@ class JournalFolder:
             if segment.place is None:
                 if self._descriptor is None and not self._open():
                     return False
-                segment.place = Slot(self._arena(segment.size, 1, mapped=False), 0)
-            if not self.mapped or not segment.place.arena.mapped:
+                segment.place = self._slot(segment.size, mapped=False)
+            if not segment.place.arena.mapped:
                 segment.write()
+                self.unload(segment)
         except OSError as error:
             self.problem = str(error)
             return False
+        self.saved(segment)
         return True
 
     def _in_memory(self, size: int, place: Slot | None) -> Segment | None:
-        if self.memory_bytes + size > MEMORY_BYTES:
+        try:
+            # Where files can be written what is in memory is only what they have too.
+            bounded = place is None or self.unsaved
+            buffer = None if bounded and self.memory_bytes + size > MEMORY_BYTES else bytearray(size)
+        except MemoryError:  # a limit of the system's
+            buffer = None
+        if buffer is None:
             if place is not None:
                 self._give_back(place)
             return None
         self.memory_bytes += size
-        return Segment(memoryview(bytearray(size)), 0, size, place)
+        segment = Segment(memoryview(buffer), 0, size, place)
+        if place is None and self.path is not None:
+            self.unsaved.add(segment)
+        return segment
 
     def unload(self, segment: Segment) -> None:
         """Let go of the memory of a segment that its file, or the log, holds."""
@@ -430,7 +463,8 @@ class JournalFolder:
         """Take a segment back whose events the log holds; arenas that are empty are removed, but for one a size."""
         if self._abandoned:  # whoever recovers may be reading
             return
-        if segment.place is None or not self.mapped:
+        self.saved(segment)
+        if segment.place is None or not segment.place.arena.mapped:
             self.unload(segment)
         if segment.place is not None:
             self._give_back(segment.place)
@@ -442,12 +476,12 @@ class JournalFolder:
             last = not any(a.slot_bytes == arena.slot_bytes and a is not arena for a in tuple(self._arenas))
             if (last and arena.mapped) or not arena.take_all():
                 return
-        # Removed as it is: emptying a segment of 32 MiB would hold up everybody.
-        try:
+        # Removed as it is: emptying a segment of 32 MiB would hold up everybody. A writer that has just ended has no
+        # arenas any more; a file that can't be removed does no harm: the log has all of it.
+        with suppress(ValueError):
             self._arenas.remove(arena)
-        except ValueError:  # the writer has just ended
-            pass
-        arena.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            arena.path.unlink()
 
     def file_bytes(self) -> int:
         """Sum the sizes of the arenas."""

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import Any, NamedTuple
 from zlib import adler32
 
@@ -307,14 +308,17 @@ class Journal:
         if made is not None:
             self._folder.release(made)
 
-    def release(self, sequence: int) -> None:
-        """Give back older segments whose events all lie at or before `sequence`, which the log holds for good."""
-        gone: tuple[Segment, ...] = ()
+    def release(self, sequence: int, *, memory: bool = False) -> None:
+        """Give back older segments whose events all lie at or before `sequence`, which the log holds for good.
+
+        With `memory` only those without a file: after a power loss they couldn't help the log, so they needn't wait.
+        """
+        gone: set[Segment] = set()
         done = False
         while not done:
             full = self._full
-            gone = tuple(s for s in full if s.first + s.count - 1 <= sequence)
-            kept = full[len(gone) :]
+            gone = {s for s in full if s.first + s.count - 1 <= sequence and not (memory and s.place)}
+            kept = tuple(s for s in full if s not in gone) if gone else full
             with self._guard:
                 done = self._full is full
                 if done:
@@ -345,9 +349,46 @@ class Journal:
                 full, segment, end, _, _, _ = self._now()
 
     def save(self) -> int:
-        """After `shut`: bring what lies in memory alone to files; tell how many events no file could be had for."""
+        """After `shut`: bring what lies in memory alone to files; tell how many events no file could be had for.
+
+        Those behind them count too: a stream is recovered up to its first gap.
+        """
         left = [s for s in self._full if s.end != s.taken]
-        return sum(s.count - s.taken_count for s in left if not self._folder.save(s))
+        saved = list(takewhile(self._folder.save, left))
+        return sum(s.count - s.taken_count for s in left[len(saved) :])
+
+    def rescue(self) -> bool:
+        """Bring what lies in memory alone to files, if they can be had again; False when they can't."""
+        if not self._turning.acquire(blocking=False):  # a caller is about to make room: another time
+            return True
+        try:
+            return self._rescue()
+        finally:
+            self._turning.release()
+
+    def _rescue(self) -> bool:
+        with self._guard:
+            full, segment, end, _, _, count = self._now()
+        if (
+            segment is not None
+            and segment in self._folder.unsaved
+            and not self._go_on(full, segment, end, count)
+        ):
+            return False
+        return all(self._folder.save(s) for s in self._full if s in self._folder.unsaved)
+
+    def _go_on(self, full: tuple[Segment, ...], segment: Segment, end: int, count: int) -> bool:
+        """Go on in a file; False when there is none."""
+        following = self._folder.in_file(self.stream)
+        if following is None:
+            return False
+        following.begin(self.stream, segment.first + count)
+        limit = min(following.size, following.start + MARK_BYTES)
+        with self._guard:
+            entered = self._enter(following, limit, full, segment, end)
+        if not entered:  # something was recorded meanwhile: another time
+            self._folder.release(following)
+        return True
 
 
 class LockedJournal(Journal):
@@ -371,14 +412,17 @@ class WrittenJournal(Journal):
         with self._turning:
             super().append(data)
             full, segment, _, _, _, _ = self._now()
+            # Those that are written have let their memory go, so few are looked at however many there are.
+            behind = [*takewhile(lambda older: older.buffer, reversed(full))][::-1]
+            here = [s for s in (*behind, segment) if s is not None and s.place is not None]
             try:
-                for older in full:
-                    if older.place is not None and older.buffer:
-                        older.write()
-                        self._folder.unload(older)
-                if segment is not None and segment.place is not None:
-                    segment.write()
+                for each in here:
+                    each.write()
+                    self._folder.saved(each)
+                    if each is not segment:
+                        self._folder.unload(each)
             except OSError as error:  # it stays in memory, and the next append tries again
+                self._folder.unsaved.update(s for s in here if s.buffer)
                 self._folder.note(error)
 
 
