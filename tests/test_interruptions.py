@@ -62,13 +62,13 @@ def test_a_log_call_while_its_stream_is_opened(
     method = getattr(JournalFolder, at)
     nested = [1]
 
-    def nesting(self: JournalFolder, *arguments: Any) -> Any:
-        found = None if before else method(self, *arguments)
+    def nesting(self: JournalFolder, *arguments: Any, **named: Any) -> Any:
+        found = None if before else method(self, *arguments, **named)
         if nested:
             nested.clear()
             log(recorder, "t/1", 1)
             log(recorder, "t/2", 1)
-        return method(self, *arguments) if before else found
+        return method(self, *arguments, **named) if before else found
 
     monkeypatch.setattr(JournalFolder, at, nesting)
     log(recorder, "t/1", 2, 3)

@@ -52,6 +52,7 @@ WRITTEN_SEGMENT_BYTES = (
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
 WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
+SPARE_BYTES = 1 << 20  # of the disk, left to the log and to everybody else
 TRIM_BYTES = 1 << 20  # pages given back at once: 0.1 ms, in which Python stands still
 RING_SLOTS = 32  # marks kept in a segment beyond one per 64 KiB
 MAX_ITEM_BYTES = 256 << 20  # of one event; SQLite takes up to 10^9
@@ -215,6 +216,7 @@ class Arena:
         self.descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
         if mapped:
             try:
+                _check_space(path.parent, size)
                 # A hole on a full disk would be a SIGBUS at the copy; space that is taken beforehand can't be one.
                 os.posix_fallocate(self.descriptor, 0, size)
                 self.mapping = mmap.mmap(self.descriptor, size)
@@ -375,10 +377,11 @@ class JournalFolder:
         try:
             place = self._slot(size, mapped=self.mapped)
         except OSError:
-            found = self._vacant(least, size, mapped=self.mapped)  # what is there already takes no space
-            if found is None:
+            # What is there already takes no space.
+            found = self._vacant(least, size, mapped=self.mapped)
+            if found is None and least == size:
                 raise
-            place = found
+            place = found or self._slot(least, mapped=self.mapped)
         if not self.unsaved:
             self.problem = None
         arena, base = place
@@ -397,7 +400,10 @@ class JournalFolder:
         return None
 
     def _new_arena(self, size: int, *, mapped: bool) -> Slot:
-        slots = max(1, (ARENA_BYTES if mapped else WRITTEN_ARENA_BYTES) // size)
+        assert self.path is not None
+        # On a nearly full disk they get smaller and smaller.
+        most = min(ARENA_BYTES, _room(self.path) // 2) if mapped else WRITTEN_ARENA_BYTES
+        slots = max(1, most // size)
         try:
             arena = self._arena(size, slots, mapped=mapped)
         except OSError as error:
@@ -515,6 +521,17 @@ class JournalFolder:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _room(folder: Path) -> int:
+    usage = os.statvfs(folder)
+    return usage.f_bavail * usage.f_frsize - SPARE_BYTES
+
+
+def _check_space(folder: Path, size: int) -> None:
+    # Not left to posix_fallocate: until it finds out, it takes what there is from everybody.
+    if _room(folder) < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _warn(message: str) -> None:

@@ -135,6 +135,8 @@ def ends_well(outcome: Outcome, end: str) -> bool:
 # journals, log and views take the space: where it ends the sweep moves through their first allocations, arena by arena,
 # and the growth of the write-ahead file.
 def steps(times: int) -> list[int]:
+    if times <= 3:
+        return [1_500_000, 4_500_000, 9_000_000][:times]
     last = 14 << 20
     return [step * last // max(times - 1, 1) for step in range(times)]
 

@@ -19,6 +19,7 @@ from eventrun.errors import SALVAGE, FormatTooNew, LogDamaged, StoreError, Store
 from eventrun.portal import importing
 from eventrun.stores.sqlite.batches import FORMAT, TOUCH
 from eventrun.stores.sqlite.mark import Mark
+from eventrun.stores.sqlite.wal_index import check_room, take_room
 
 if TYPE_CHECKING:  # imported on first use: together they take 40 ms
     import asyncio
@@ -220,9 +221,12 @@ class Log:
         if self.read_only:
             raw = self._open_read_only()
         else:
+            check_room(self.file)
             raw = _connect(self.file, "rwc" if self._create else "rw")
         try:
             self._check_format(raw)
+            if not self.read_only:
+                take_room(self.file)
             for pragma in self._pragmas:
                 raw.execute(pragma)
         except BaseException:
