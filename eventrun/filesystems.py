@@ -41,6 +41,27 @@ def file_system(path: Path, mountinfo: str | None = None) -> FileSystem:
     return FileSystem(kind, kind in MAPPED and hasattr(os, "posix_fallocate"), _is_network(kind))
 
 
+def cache_folder(folder: Path) -> Path | None:
+    """Make a folder on a local disk for what can be made anew of a store on a network; None: there is no such disk."""
+    import tempfile
+    from hashlib import sha256
+
+    name = sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:16]
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    for place in (home / "eventrun", Path(tempfile.gettempdir()) / f"eventrun-{user}"):
+        try:
+            if file_system(place).network:
+                continue
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if place.stat().st_uid == user:  # in a folder that all may write to it could be another's
+                (place / name).mkdir(exist_ok=True)
+                return place / name
+        except OSError:
+            continue
+    return None
+
+
 def _mountinfo() -> str:
     try:
         return MOUNTINFO.read_text("utf-8", "surrogateescape")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from eventrun.errors import Closed, StoreError, StoreUnavailable
 from eventrun.events import Event
 from eventrun.filesystems import file_system
 from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, new_journal
+from eventrun.journal.segments import Segment
 from eventrun.pending import Pending
 from eventrun.portal import Portal
 from eventrun.recovery import RecoveryReport, recover_dead_writers
@@ -150,7 +151,7 @@ class Recorder:
         self._lock = threading.RLock()
         self._live: dict[str, Recording] = {}  # with an open journal
         path = None if self._journals is None else self._journals / f"{self.writer:016x}"
-        self._folder = JournalFolder(path, mapped=self._mapped)
+        self._folder = self._new_folder(path)
         self._flusher: Pending[None] | None = None
         self._keeper: Pending[None] | None = None
         self._closed = False
@@ -167,6 +168,9 @@ class Recorder:
             ("durable", "batches", "commits", "failed_commits", "settled", "recovered"), 0
         )
         self._last_error: str | None = None
+
+    def _new_folder(self, path: Path | None) -> JournalFolder:
+        return JournalFolder(path, mapped=self._mapped)
 
     @property
     def store(self) -> Store:
@@ -219,6 +223,9 @@ class Recorder:
         if segment is None:
             self._folder.drop()
             return None
+        return self._make_journal(stream, segment, recording)
+
+    def _make_journal(self, stream: Stream, segment: Segment, recording: Recording) -> Journal:
         return new_journal(self._folder, stream, segment, recording.next, recording.reopen)
 
     def _begin_flushing(self) -> None:
@@ -261,14 +268,18 @@ class Recorder:
         async with self._cycle_lock:
             if self._gave_up:  # whoever opens the store next may be taking it in
                 return False
-            # A batch whose append failed may be in the log all the same, so it is sent again as it was.
-            self._sealed = self._sealed or self._seal()
-            sizes = [len(each.chunk.payload) for each in self._sealed]
-            if self._sealed:
-                await self._append_sealed()
-            self._prepare()
+            more = await self._take_new()
         if self._unsettled_bytes >= self._settle_at or (self._unsettled_bytes and self._wants_release()):
             self._begin_settling()
+        return more
+
+    async def _take_new(self) -> bool:
+        # A batch whose append failed may be in the log all the same, so it is sent again as it was.
+        self._sealed = self._sealed or self._seal()
+        sizes = [len(each.chunk.payload) for each in self._sealed]
+        if self._sealed:
+            await self._append_sealed()
+        self._prepare()
         return max(sizes, default=0) * 2 >= BATCH_BYTES or sum(sizes) * 2 >= COMMIT_BYTES
 
     def _prepare(self) -> None:
@@ -485,7 +496,10 @@ class Recorder:
                 pause = min(pause * 2, RETRY_MAX_S)
 
     def _targets(self) -> list[tuple[Recording, int]]:
-        return [(recording, recording.recorded) for recording in tuple(self._live.values())]
+        return [
+            (recording, recording.recorded if (journal := recording.journal) is None else journal.returned)
+            for recording in tuple(self._live.values())
+        ]
 
     async def recover(self) -> RecoveryReport:
         """Take in what killed writers of this host left."""
@@ -494,6 +508,14 @@ class Recorder:
         report = await recover_dead_writers(self.store, self._journals)
         self._counts["recovered"] += report.events
         return report
+
+    async def collect(self, hosts: Collection[str]) -> RecoveryReport:
+        """Take in what writers of other hosts left as well; see `collecting`."""
+        from eventrun.collecting import collect
+
+        return (
+            RecoveryReport() if self._journals is None else await collect(self.store, self._journals, hosts)
+        )
 
     def damaged(self) -> list[Path]:
         """Find the folders of killed writers that could not be taken in whole."""
@@ -510,6 +532,11 @@ class Recorder:
     def left(self) -> int:
         """How many events the log doesn't hold yet, as far as is known."""
         return sum(each.recorded - each.durable for each in tuple(self._recordings.values()))
+
+    @property
+    def unseen(self) -> bool:
+        """Tell whether what was flushed may still have to be collected before a read sees it."""
+        return False
 
     @property
     def idle(self) -> bool:

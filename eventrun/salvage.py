@@ -35,10 +35,10 @@ from eventrun.codec import (
 )
 from eventrun.damage import Damage
 from eventrun.errors import FormatTooNew, LogDamaged, StoreUnavailable
-from eventrun.journal import ENDED_NAME, segments_in, state_of
+from eventrun.journal import has_ended, segments_in, state_of
 from eventrun.journal.scan import Found, count_items, recover
 from eventrun.portal import Portal
-from eventrun.recovery import CLAIM_WRITER, note_end
+from eventrun.recovery import CLAIM_WRITER, note_ends
 from eventrun.stores.sqlite import SqliteStore
 from eventrun.stores.sqlite.mark import Mark
 from eventrun.stores.sqlite.pages import Place, RawLog
@@ -200,7 +200,7 @@ class _Salvage:
             if not folder.is_dir():
                 continue
             streams, problems = segments_in(folder)
-            killed = state_of(folder) in ("dead", "damaged") and not (folder / ENDED_NAME).exists()
+            killed = state_of(folder) in ("dead", "damaged") and not has_ended(folder)
             self._problems += [damage.file(f"journals/{folder.name}", problem) for problem in problems]
             for stream, segments in streams.items():
                 self._segments.setdefault(stream, []).extend(segments)
@@ -394,7 +394,7 @@ class _Salvage:
             portal.call(store.append, waiting).result()
             for run in runs:
                 if run.stream.subject.startswith("t/") and run.stream.writer in self._dead:
-                    portal.call(note_end, store, run.stream).result()
+                    portal.call(note_ends, store, [run.stream]).result()
             portal.call(store.settle).result()
         finally:
             portal.call(store.aclose).result()

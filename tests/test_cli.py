@@ -633,6 +633,61 @@ def test_doctor_sees_writers(run: Run, tmp_path: Path) -> None:
     assert run("--store", str(folder), "doctor").code == 0
 
 
+def test_collect_takes_in_what_another_host_left(run: Run, tmp_path: Path) -> None:
+    """What may still be written to is left and told, unless its host is named; doctor says how it is."""
+    folder = tmp_path / "runs"
+    code = (
+        f"import eventrun, os, signal; t = eventrun.open({str(folder)!r}, linger_ms=1e6).trial('p', name='a'); "
+        "t.log(loss=1); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=environment())
+    (lock,) = (folder / "journals").glob("*/lock")
+    lock.write_text('{"host": "elsewhere", "boot": "b", "pid": 1}')
+    shown = run("--store", str(folder), "doctor")
+    assert shown.code == 1
+    assert "eventrun collect" in shown.out
+    assert run("--store", str(folder), "doctor", "--json").json["journals"][0]["state"] == "of another host"
+    shown = run("--store", str(folder), "collect")
+    assert (shown.code, shown.out) == (0, "0 events taken in\n")
+    assert "eventrun collect --host elsewhere" in shown.err
+    found = run("--store", str(folder), "collect", "--host", "elsewhere", "--json").json
+    assert (found["writers"], found["events"]) == (1, 4)
+    assert run("--store", str(folder), "show", "a", "--json").json["status"] == "lost"
+    assert run("--store", str(folder), "doctor").code == 0
+    assert run("--store", str(folder), "collect", "--follow", "--all").code == 2
+
+
+def test_collect_follows_until_it_is_interrupted(tmp_path: Path) -> None:
+    """On a network disk it brings to the log what a living writer leaves there; doctor tells who collects."""
+    folder, mounts = tmp_path / "runs", tmp_path / "mounts"
+    mounts.write_text(f"1 1 0:1 / / rw - ext4 a rw\n2 1 0:2 / {folder} rw - nfs b rw\n")
+    prelude = f"import eventrun.filesystems as f, pathlib; f.MOUNTINFO = pathlib.Path({str(mounts)!r}); "
+    folder.mkdir()
+    cli = prelude + "import sys; from eventrun.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        f"{prelude} import eventrun, sys; c = eventrun.open({str(folder)!r}); t = c.trial('p', name='a'); "
+        "t.log(i=1); c.flush().result(); print('x', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    writer = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdin=pipe, stdout=pipe)
+    with writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        command = [sys.executable, "-c", cli, "--store", str(folder)]
+        following = subprocess.Popen(
+            [*command, "collect", "--follow"], env=environment(), stdout=pipe, stderr=pipe, text=True
+        )
+        with following:
+            assert following.stdout is not None
+            assert following.stdout.readline() == "4 events taken in\n"
+            following.send_signal(signal.SIGINT)
+        done = subprocess.run([*command, "doctor"], env=environment(), capture_output=True, text=True)
+        assert "nfs, on a network" in done.stdout
+        assert "crash_safe" in done.stdout
+        assert "1 live" in done.stdout
+        writer.communicate()
+
+
 def test_doctor_sees_what_could_not_be_recovered(run: Run, tmp_path: Path) -> None:
     """A journal that recovery has put aside is a problem until a person removes it."""
     folder = tmp_path / "runs"

@@ -40,8 +40,9 @@ from eventrun.journal import (
     writing,
 )
 from eventrun.journal.scan import count_items
-from eventrun.journal.segments import LOCK_NAME, NEW_LOCK_NAME, owner
+from eventrun.journal.segments import LOCK_NAME, NEW_LOCK_NAME
 from eventrun.journal.writing import Chunk, LockedJournal, WrittenJournal
+from eventrun.locks import owner
 
 STREAM = Stream("t/00000000000000ab", 0xABCDEF0123456789)
 T0 = 1_700_000_000_000_000_000

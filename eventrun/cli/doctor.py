@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections import Counter
@@ -18,8 +17,9 @@ from eventrun.cli.verbs import Command
 from eventrun.clock import monotonic_ns, time_ns
 from eventrun.errors import EventrunError
 from eventrun.filesystems import file_system
-from eventrun.journal import DAMAGED_SUFFIX, Held, dead_writers, held, segments_in
-from eventrun.journal.segments import LOCK_NAME, owner
+from eventrun.journal import Held, held, segments_in
+from eventrun.journal.writers import ELSEWHERE, KILLED, SILENT, Left, writers
+from eventrun.locks import Turn, now_ns
 from eventrun.stores import open_store
 from eventrun.stores.base import Store
 from eventrun.summary import amount, duration, local_time, near, size
@@ -32,6 +32,10 @@ PROMISES = {
     "crash_safe": "crash_safe: an event survives a kill of the process as soon as its log call returns",
     "accepted": "accepted: an event is in memory until its batch is in the log, so a kill may cost the last of them",
 }
+
+NETWORK = (
+    "yes: a flush makes events durable in the journals, and whoever reads or collects brings them to the log"
+)
 
 Finding = tuple[str, Any, str]  # a name for programs, a value for programs, a text for people
 
@@ -142,11 +146,8 @@ def _journals(url: str, folder: Path | None, problems: list[str]) -> Iterator[Fi
     journals = None if folder is None else folder / "journals"
     if journals is None or not journals.is_dir():
         return
-    dead = set()
-    for path, descriptor in dead_writers(journals):
-        os.close(descriptor)  # the lock is given back at once: nothing is recovered here
-        dead.add(path)
-    found = [_journal(path, path in dead) for path in sorted(journals.iterdir()) if path.is_dir()]
+    network = file_system(journals).network
+    found = [_journal(left, network) for left in writers(journals, _time_there(journals, network))]
     waiting = _waiting(url, [journals / each["folder"] for each in found if each["state"] != "damaged"])
     for each in found:
         each |= _told(waiting.get(each["folder"]))
@@ -154,7 +155,7 @@ def _journals(url: str, folder: Path | None, problems: list[str]) -> Iterator[Fi
     shown = ", ".join(f"{count} {state}" for state, count in states.items()) or "none: no process writes now"
     yield "journals", found, shown
     for each in found:
-        age = f"begun {duration(each['age_s'])} ago"
+        age = f"{'last sign of life' if network else 'begun'} {duration(each['age_s'])} ago"
         if each["held_events"]:
             oldest = duration(each["held_age_s"])
             age += f", holds {each['held_events']:,} events that the log lacks, the oldest {oldest} old"
@@ -164,11 +165,36 @@ def _journals(url: str, folder: Path | None, problems: list[str]) -> Iterator[Fi
                 f"{near(journals / each['folder'])} holds what could not be recovered: "
                 "keep a copy of it, then remove it"
             )
-    if dead:
-        left = amount(len(dead), "killed writer")
+    yield from _advice(url, folder, states, problems)
+
+
+def _advice(url: str, folder: Path | None, states: Counter[str], problems: list[str]) -> Iterator[Finding]:
+    if states[KILLED]:
         problems.append(
-            f"{left} left a journal: `eventrun ls`, or whatever opens the store next, takes it in"
+            f"{amount(states[KILLED], 'killed writer')} left a journal: `eventrun ls`, or whatever opens the store "
+            "next, takes it in"
         )
+    others = states[ELSEWHERE] + states[SILENT]
+    network = folder is not None and file_system(folder).network
+    if others and not network:
+        problems.append(
+            f"{amount(others, 'writer')} of another host left a journal: `eventrun collect` takes it in"
+        )
+    if folder is not None and network:
+        holder = Turn(folder, "collecting").holder()
+        who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "nobody just now"
+        yield (
+            "collector",
+            holder or None,
+            f"{who}; reads collect by themselves, so does `eventrun collect --follow`",
+        )
+
+
+def _time_there(folder: Path, network: bool) -> int:
+    try:
+        return now_ns(folder) if network else time_ns()
+    except OSError:  # nothing can be written there
+        return time_ns()
 
 
 def _waiting(url: str, folders: list[Path]) -> dict[str, Held]:
@@ -204,38 +230,18 @@ def _told(waiting: Held | None) -> dict[str, Any]:
     return {"held_events": waiting.events, "held_bytes": waiting.size, "held_age_s": age_s}
 
 
-def _journal(path: Path, dead: bool) -> dict[str, Any]:
-    known = _owner(path)
-    if path.name.endswith(DAMAGED_SUFFIX):
-        state = "damaged"
-    elif dead:
-        state = "of a killed writer"
-    elif known.get("host") not in (None, owner()["host"]):
-        state = "of another host"
-    else:
-        state = "live" if known else "without a lock"
-    try:
-        begun_ns = (path / LOCK_NAME).stat().st_mtime_ns
-    except OSError:
-        begun_ns = path.stat().st_mtime_ns
-    who = f", process {known.get('pid')} on {known.get('host')}" if known else ""
+def _journal(left: Left, network: bool) -> dict[str, Any]:
+    path = left.folder
+    seen_ns = path.stat().st_mtime_ns if left.beat_ns is None else left.beat_ns
     return {
-        "writer": path.name.removesuffix(DAMAGED_SUFFIX),
+        "writer": path.name.partition(".")[0],
         "folder": path.name,
-        "state": state,
+        "state": left.state,
         "bytes": _bytes_of(path.iterdir()),
-        "age_s": max(time_ns() - begun_ns, 0) / 1e9,
-        "owner": known,
-        "who": who,
+        "age_s": max(_time_there(path.parent, network) - seen_ns, 0) / 1e9,
+        "owner": left.owner,
+        "who": f", process {left.owner.get('pid')} on {left.host}" if left.owner else "",
     }
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / LOCK_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 # the machine ---------------------------------------------------------------------------------------------------
@@ -249,8 +255,8 @@ def _disk(folder: Path | None, problems: list[str]) -> Iterator[Finding]:
     trusted = "journals can be mapped files" if mapped else "not one whose mapped files can be trusted"
     where = "on a network" if network else "local"
     yield "file_system", kind or None, f"{kind or 'unknown'}, {where}: {trusted}"
-    yield "network", network, "yes" if network else "no"
-    promise = "crash_safe" if mapped else "accepted"
+    yield "network", network, NETWORK if network else "no"
+    promise = "crash_safe" if hasattr(os, "fork") and os.access(there, os.W_OK | os.X_OK) else "accepted"
     yield "log_calls", promise, PROMISES[promise]
     usage = os.statvfs(there) if hasattr(os, "statvfs") else None
     if usage is not None:

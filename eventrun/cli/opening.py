@@ -48,7 +48,7 @@ def opened(arguments: argparse.Namespace, *, create: bool) -> Iterator[Client]:
     url = store_url(arguments)
     if not create:
         _check_there(url)
-    client = open_client(url, quiet=True, create=create or _was_killed_young(url))
+    client = open_client(url, quiet=True, create=create)
     try:
         with _calm_warnings():
             yield client
@@ -104,7 +104,11 @@ def _check_there(url: str) -> None:
             "a store in memory ends with its process, so there is none to read: name a folder"
         )
     folder = store_folder(url)
-    if folder is None or (folder / "log.db").exists() or _was_killed_young(url):
+    if folder is None or (folder / "log.db").exists():
+        return
+    from eventrun.stores.sqlite import has_journals
+
+    if has_journals(folder):  # of a process that was killed before its first batch
         return
     if (folder / "log.mark").exists():  # there was one: the store tells
         return
@@ -113,17 +117,6 @@ def _check_there(url: str) -> None:
             f"there is no store in {clean(str(folder))}: nothing was recorded there\n"
             "to make one: eventrun demo; to name another: eventrun --store PATH ls"
         )
-
-
-def _was_killed_young(url: str) -> bool:
-    """Tell whether there are journals and no log: a process was killed before its first batch, nothing else."""
-    folder = store_folder(url)
-    if folder is None or (folder / "log.db").exists():
-        return False
-    try:
-        return any(os.scandir(folder / "journals"))
-    except OSError:
-        return False
 
 
 def moment(text: str) -> dict[str, int]:

@@ -88,6 +88,11 @@ SECTIONS: dict[str, dict[str, Verb]] = {
             ("eventrun salvage rescued", "eventrun --store broken salvage rescued --json"),
         ),
         "rebuild": Verb("upkeep", "make the views anew from the log", ("eventrun rebuild",)),
+        "collect": Verb(
+            "collecting",
+            "take in journals: on a network disk all, else those of other hosts too",
+            ("eventrun collect --follow", "eventrun collect --host node17"),
+        ),
         "doctor": Verb("doctor", "tell how the store and this machine are", ("eventrun doctor",)),
     },
     "Try": {

@@ -22,6 +22,7 @@ from eventrun.codec import Batch, Stream
 from eventrun.config import Settings, load_settings
 from eventrun.errors import Closed, InvalidValue, LogDamaged, NotFound, StoreError, StoreUnavailable
 from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
+from eventrun.filesystems import cache_folder, file_system
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal, aside
 from eventrun.recorder import CLOSE_STORE_S, Recorder, Statistics
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Past", "current_trial", "open"]
 
 LOOK_FOR_DEAD_WRITERS_S = 2.0  # how often readers look whether a writer was killed
+COLLECT_EVERY_S = 0.5  # how often they look for new events on a network disk
 CLOSING_BLOCK_S = 0.3
 STUCK_S = 1.0  # how long closing waits for eventrun's own threads beyond the time that they have
 TAIL_POLL_S = 0.1
@@ -70,7 +72,7 @@ class Client:
         store = open_store(self.url, create=create)
         self.folder: Path | None = getattr(store, "folder", None)
         stores = iter([store])
-        self._recorder = Recorder(
+        self._recorder = _recorder_for(self.folder)(
             self._portal,
             lambda: next(stores, None) or open_store(self.url, create=create),
             folder=self.folder,
@@ -83,7 +85,10 @@ class Client:
         self._resumed: list[str] = []  # ids that were to be there already
         self._made: list[str] = []  # for the closing block
         self._known: set[str] = set()  # projects and groups that were recorded
-        self._looked_ns = 0
+        self._looked_ns = -(1 << 62)
+        self._look_every_s = (
+            COLLECT_EVERY_S if type(self._recorder) is not Recorder else LOOK_FOR_DEAD_WRITERS_S
+        )
         self._closed = False
         self._ending = Ending()
 
@@ -310,7 +315,7 @@ class Client:
         if not self._recorder.idle:
             self._recorder.flush().result()
         now = monotonic_ns()
-        if now - self._looked_ns > LOOK_FOR_DEAD_WRITERS_S * 1e9:
+        if self._recorder.unseen or now - self._looked_ns > self._look_every_s * 1e9:
             self._looked_ns = now
             self._recover()
 
@@ -327,8 +332,9 @@ class Client:
         if self._readers is None:
             from eventrun.query import Reader
 
+            shared = self.folder is not None and file_system(self.folder).network
             self._readers = Reader(
-                self.folder,
+                cache_folder(self.folder) if shared and self.folder is not None else self.folder,
                 read=self._read_log,
                 end=self._end_of_log,
                 gentle=lambda: not self._recorder.idle,
@@ -399,6 +405,16 @@ class Client:
             return salvage(folder, Path(out))
 
         return self._ask(False, job)
+
+    def collect(self, *, hosts: Iterable[str] = ()) -> Pending[RecoveryReport]:
+        """Take in what writers left in their journals: on a network disk all of them, else those of other hosts too.
+
+        `hosts` names machines (ALL_HOSTS: all but this one) whose writers are dead for certain, so that their journals
+        are removed when all is in the log. Raises StoreUnavailable while another process is collecting.
+        """
+        self._check_open()
+        named = [hosts] if isinstance(hosts, str) else [*hosts]
+        return self._portal.call(self._recorder.collect, named)
 
     def backup(self, folder: Path | str) -> Pending[None]:
         """Copy the store to an empty or new folder while it is used: all that is durable now. Raises StoreError."""
@@ -591,6 +607,14 @@ def open(  # noqa: A001 - the documented name: eventrun.open
         quiet=quiet,
     )
     return Client(settings, create=create)
+
+
+def _recorder_for(folder: Path | None) -> type[Recorder]:
+    if folder is None or not file_system(folder).network:
+        return Recorder
+    from eventrun.network import NetworkRecorder
+
+    return NetworkRecorder
 
 
 _default: dict[str, Client] = {}  # the client of EVENTRUN_TRIAL, by url

@@ -6,18 +6,19 @@ from eventrun.journal.scan import (
     Held,
     Recovered,
     dead_writers,
+    has_ended,
     held,
+    is_whole,
     keep_damaged,
     of_earlier_boot,
     recover,
     segments_in,
 )
-from eventrun.journal.segments import ENDED_NAME, JournalFolder, remove_folder
+from eventrun.journal.segments import JournalFolder, remove_folder
 from eventrun.journal.writing import Chunk, Journal, new_journal
 
 __all__ = [
     "DAMAGED_SUFFIX",
-    "ENDED_NAME",
     "Chunk",
     "Held",
     "Journal",
@@ -26,7 +27,9 @@ __all__ = [
     "Recovered",
     "check_journals",
     "dead_writers",
+    "has_ended",
     "held",
+    "is_whole",
     "keep_damaged",
     "new_journal",
     "of_earlier_boot",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
 from eventrun.filesystems import file_system
 from eventrun.journal.segments import (
+    CLOSED_NAME,
+    ENDED_NAME,
     FIXED,
     HEAD,
     LOCK_NAME,
@@ -22,10 +23,10 @@ from eventrun.journal.segments import (
     NEW_LOCK_NAME,
     RING_AT,
     VACANT,
-    owner,
     packed_mark,
 )
 from eventrun.journal.writing import ITEM_HEAD_BYTES, item_time
+from eventrun.locks import is_owner_here, owner, read_owner, try_lock
 
 DAMAGED_SUFFIX = (
     ".damaged"  # a writer's folder of which something could not be read; kept for a person to look at
@@ -79,26 +80,43 @@ def keep_damaged(folder: Path) -> None:
 
 
 def hold_if_dead(folder: Path) -> int | None:
-    """Lock the folder of a writer of this host that lives no more; None: it lives, or that can't be told."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    for path in (folder / LOCK_NAME, folder / NEW_LOCK_NAME):
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # no lock yet (about to begin), or none any more, or not ours to write
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            there, here = os.stat(path), os.fstat(descriptor)
-            same = (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
-            if same and _is_of_this_host(descriptor, path):
+    """Lock the folder of a writer of this host that lives no more, or of any that said so; None: it lives, perhaps."""
+    for path in (folder / LOCK_NAME, folder / NEW_LOCK_NAME, folder / CLOSED_NAME):
+        descriptor = lock_free(path)
+        if descriptor is not None:
+            if path.name == CLOSED_NAME or _is_of_this_host(descriptor, path):
                 return descriptor
-        except OSError:  # held by a living writer, or removed meanwhile
-            pass
-        os.close(descriptor)
+            os.close(descriptor)
     return None
+
+
+def lock_free(path: Path) -> int | None:
+    """Lock a writer's lock file that nobody holds, and return its descriptor, which the caller closes."""
+    try:
+        import fcntl  # noqa: F401 - only to see whether there is any
+
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except (ImportError, OSError):  # no lock yet (about to begin), or none any more, or not ours to write
+        return None
+    try:
+        if try_lock(descriptor):
+            there, here = os.stat(path), os.fstat(descriptor)
+            if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+                return descriptor
+    except OSError:  # removed meanwhile
+        pass
+    os.close(descriptor)
+    return None
+
+
+def has_ended(folder: Path) -> bool:
+    """Tell whether a writer said that it has ended: of its trials it has said what there was to say."""
+    return is_whole(folder) or (folder / ENDED_NAME).exists()
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether a writer on a network disk said that all is in its files."""
+    return (folder / CLOSED_NAME).exists()
 
 
 def is_of_this_host(folder: Path) -> bool:
@@ -115,29 +133,20 @@ def is_of_this_host(folder: Path) -> bool:
 
 
 def _is_of_this_host(descriptor: int, path: Path) -> bool:
-    found, here = _owner_in(descriptor), owner()
-    if path.name == NEW_LOCK_NAME and found.get("boot") in (None, here["boot"]):
+    found = read_owner(descriptor)
+    if path.name == NEW_LOCK_NAME and found.get("boot") in (None, owner()["boot"]):
         return False  # about to begin: another moment, and it is held under its name
     if not os.pread(descriptor, 4096, 0).strip(b"\0"):
         # It appears under its name with its contents, which a power loss may have kept from the disk. Whoever held it
         # was of this host if no other one has this disk.
         place = file_system(path)
         return bool(place.kind) and not place.network
-    # Each container has a host name of its own, but what runs under this very kernel has told us all by its lock.
-    return found.get("host") == here["host"] or found.get("boot") == here["boot"] != ""
+    return is_owner_here(found)
 
 
 def of_earlier_boot(descriptor: int) -> bool:
     """Tell whether the machine went down since a dead writer's lock was made: not all of its files need be whole."""
-    return _owner_in(descriptor).get("boot") != owner()["boot"]
-
-
-def _owner_in(descriptor: int) -> dict[str, object]:
-    try:
-        found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return read_owner(descriptor).get("boot") != owner()["boot"]
 
 
 class Held(NamedTuple):
@@ -194,7 +203,7 @@ def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[
 
 
 def _slots(path: Path, problems: list[str], torn: bool) -> Iterator[Found]:
-    size, slots = map(int, f"{path.stem.partition('-')[2]}x0".split("x")[:2])
+    size, slots = map(int, f"{path.stem.split('-')[1]}x0".split("x")[:2])
     with path.open("rb") as file:
         length, whole = os.fstat(file.fileno()).st_size, size * slots
         if length < whole and not torn:  # after a power loss files may be shorter than they were

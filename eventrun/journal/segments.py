@@ -43,6 +43,7 @@ from zlib import crc32
 
 from eventrun.codec import Stream
 from eventrun.errors import LogDamaged
+from eventrun.locks import owner, try_lock
 
 SEGMENT_BYTES = (16 << 10, 256 << 10, 4 << 20, 32 << 20)  # a stream's first segment, its second, ...
 WRITTEN_SEGMENT_BYTES = (
@@ -340,12 +341,15 @@ class JournalFolder:
             return False
         self._opening = True
         try:
-            self._descriptor = _make_locked(self.path)
+            self._descriptor = self._make_lock(self.path)
         finally:
             self._opening = False
         if self.ended:  # meanwhile, by another thread or a signal handler
             self.remove()
         return not self.ended
+
+    def _make_lock(self, path: Path) -> int:
+        return make_locked(path)
 
     def size_for(self, stream: Stream, item_bytes: int, previous: int) -> int:
         """Choose a segment's size, see `size_for`."""
@@ -555,12 +559,16 @@ def _raise_file_limit() -> bool:
 LOCK_NAME = "lock"
 ENDED_NAME = "ended"  # an empty file: the writer was closed, and has said of its trials what there was to say
 NEW_LOCK_NAME = "lock.new"  # until it is held
+CLOSED_NAME = "closed"  # the lock of a writer on a network disk that has ended: what is in its files is all
 
 
-def _make_locked(path: Path) -> int:
-    """Make a writer's folder with its lock held; the lock appears under its name only when it is held."""
+def make_locked(path: Path, *, shared: bool = False) -> int:
+    """Make a writer's folder with its lock held; the lock appears under its name only when it is held.
+
+    A `shared` one lies on a network disk, where file locks may not work: its owner says whether this one does.
+    """
     try:
-        import fcntl
+        import fcntl  # noqa: F401 - only to see whether there is any
     except ImportError as error:
         raise OSError("this system has no file locks that end with their process") from error
     path.mkdir(parents=True)
@@ -569,8 +577,10 @@ def _make_locked(path: Path) -> int:
     try:
         # Not inherited by an exec, and never mapped: an mmap keeps a duplicate, and a fork's child would hold the lock.
         descriptor = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(owner()).encode())
+        locked = try_lock(descriptor) is True
+        if not locked and not shared:
+            raise OSError(errno.ENOLCK, "this file system has no file locks")
+        os.write(descriptor, json.dumps({**owner(), "flock": locked} if shared else owner()).encode())
         new.rename(path / LOCK_NAME)
     except BaseException:
         if descriptor >= 0:
@@ -580,21 +590,9 @@ def _make_locked(path: Path) -> int:
     return descriptor
 
 
-def owner() -> dict[str, str | int]:
-    """Say who this process is, as it stands in a lock file: host, boot, pid."""
-    return {"host": os.uname().nodename, "boot": _boot_id(), "pid": os.getpid()}
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # not Linux
-        return ""
-
-
 def remove_folder(path: Path) -> None:
     """Remove a writer's folder, the lock last: without it the rest would look like a writer about to begin."""
     for entry in path.glob("*"):
-        if entry.name != LOCK_NAME:
+        if entry.name not in (LOCK_NAME, CLOSED_NAME):
             entry.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -194,6 +194,11 @@ class Journal:
             return self._after if segment is None else segment.first + count
 
     @property
+    def returned(self) -> int:
+        """The last sequence whose `append` is over, as far as a flush from this thread has to wait for it."""
+        return self.next_sequence - 1
+
+    @property
     def closed(self) -> bool:
         """Tell whether `append` refuses."""
         return self._segment is None
@@ -429,7 +434,7 @@ class WrittenJournal(Journal):
 def new_journal(
     folder: JournalFolder, stream: Stream, segment: Segment, first: int, moved: Callable[[bytes], None]
 ) -> Journal:
-    """Make the journal that this file system and this interpreter need."""
+    """Make the journal that this file system and this interpreter need; `fragments` has that of network disks."""
     kind = WrittenJournal if not folder.mapped else Journal if INTERPRETER_LOCK else LockedJournal
     return kind(folder, stream, segment, first, moved)
 

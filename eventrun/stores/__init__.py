@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eventrun.errors import InvalidValue, StoreUnavailable
+from eventrun.filesystems import file_system
 
 if TYPE_CHECKING:
     from eventrun.stores.base import Store
@@ -34,12 +35,16 @@ def open_store(url: str | os.PathLike[str], *, create: bool = True) -> Store:
     if scheme and (scheme[1] or path != text):
         raise StoreUnavailable(f"this version of eventrun has no store for {text!r}: {_KNOWN}")
 
-    from eventrun.stores.sqlite import SqliteStore
-
     try:
         folder = Path(path).expanduser()
     except RuntimeError as error:
         raise StoreUnavailable(
             f"{path!r} begins with a user that isn't known here: write ./{path}"
         ) from error
+    if file_system(folder).network:
+        from eventrun.stores.sqlite.network import NetworkStore
+
+        return NetworkStore(folder, create=create)
+    from eventrun.stores.sqlite import SqliteStore
+
     return SqliteStore(folder, create=create)

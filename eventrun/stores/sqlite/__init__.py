@@ -49,14 +49,19 @@ class SqliteStore:
 
     def __init__(self, folder: Path, *, create: bool = True) -> None:
         self.folder: Path = folder.absolute()  # the process may change its directory before the first call
-        _check_path(self.folder, create)
         file = self.folder / "log.db"
-        logs = [Log(file, create, TO_APPEND), Log(file, create), Log(file, create, DURABLE)]
+        # Writers that were killed before their first batch have left journals and no log: who recovers them makes it.
+        create = create or (not os.path.exists(file) and has_journals(self.folder))
+        _check_path(self.folder, create)
+        logs = self._logs(file, create)
         self._writer, self._reader, self._keeper = map(Courier, logs)
         self._appender = Appender(logs[0])
         self._mark = Mark(self.folder / "log.mark")
         self._checkpoint_at = WAL_BYTES
         self._closed = False
+
+    def _logs(self, file: Path, create: bool) -> list[Log]:
+        return [Log(file, create, TO_APPEND), Log(file, create), Log(file, create, DURABLE)]
 
     async def append(self, batches: Sequence[Batch], expected: Mapping[Stream, int] | None = None) -> int:
         """Append all batches or none, durably, and return the position of the last event. See `Store.append`."""
@@ -183,6 +188,15 @@ def _backup(raw: sqlite3.Connection, out: Path) -> None:
     mark = Mark(out / "log.mark")
     mark.write(end)
     mark.close()
+
+
+def has_journals(folder: Path) -> bool:
+    """Tell whether writers have left journals in a store, which may not have a log yet."""
+    try:
+        with os.scandir(folder / "journals") as entries:
+            return any(entries)
+    except OSError:
+        return False
 
 
 def _check_path(folder: Path, create: bool) -> None:

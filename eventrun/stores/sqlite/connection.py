@@ -144,7 +144,7 @@ class Log:
         # under a checkpoint (sqlite.org/wal.html#walresetbug). So another connection holds the lock for writing, and
         # nothing of SQLite's own accord checkpoints beside commits. FULL and TRUNCATE take that lock too, but go on
         # without it after a while, and make everybody wait for readers.
-        gate = _connect(self.file, "rw")
+        gate = connect(self.file, "rw")
         try:
             gate.execute("BEGIN IMMEDIATE")
             busy, frames, copied = raw.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -209,20 +209,10 @@ class Log:
             )
 
     def _open(self) -> sqlite3.Connection:
-        folder = self.file.parent
         if self._identity is not None:
             self.check_unmoved()
         check_not_emptied(self.file)
-        self.read_only = not os.access(folder, os.W_OK | os.X_OK) or (
-            self.file.exists() and not os.access(self.file, os.W_OK)
-        )
-        if not self._failed:  # else we know where the file ends, see `_set_aside`
-            self.found_wal = not self.read_only and self.wal_bytes() > 0
-        if self.read_only:
-            raw = self._open_read_only()
-        else:
-            check_room(self.file)
-            raw = _connect(self.file, "rwc" if self._create else "rw")
+        raw = self._connect()
         try:
             self._check_format(raw)
             if not self.read_only:
@@ -235,10 +225,25 @@ class Log:
         self._identity = _identity(self.file)
         return raw
 
+    def _connect(self) -> sqlite3.Connection:
+        self.read_only = not os.access(self.file.parent, os.W_OK | os.X_OK) or (
+            self.file.exists() and not os.access(self.file, os.W_OK)
+        )
+        if not self._failed:  # else we know where the file ends, see `_set_aside`
+            self.found_wal = not self.read_only and self.wal_bytes() > 0
+        if self.read_only:
+            return self._open_read_only()
+        check_room(self.file)
+        return connect(self.file, "rwc" if self._create else "rw")
+
+    def _set_mode(self, raw: sqlite3.Connection) -> None:
+        """Before anything is written, see to it that there is a write-ahead log."""
+        _use_wal(raw)
+
     def _open_read_only(self) -> sqlite3.Connection:
         import sqlite3
 
-        raw = _connect(self.file, "ro")
+        raw = connect(self.file, "ro")
         try:
             raw.execute("SELECT count(*) FROM sqlite_master").fetchone()
             return raw
@@ -252,7 +257,7 @@ class Log:
                 ) from error
         # Nobody writes here and there is no write-ahead file, so SQLite may do without the index that it would have
         # to make beside the database.
-        return _connect(self.file, "ro&immutable=1")
+        return connect(self.file, "ro&immutable=1")
 
     def _check_format(self, raw: sqlite3.Connection) -> None:
         marked = _marked(self.file)  # before the tables are looked for, see `check_not_emptied`
@@ -265,7 +270,7 @@ class Log:
                 )
             # Before there is a log that others could append to. SQLite syncs the folder, not what leads there.
             sync_parents(self.file.parent)
-            _use_wal(raw)
+            self._set_mode(raw)
             raw.executescript(SCHEMA.read_text("utf-8"))
         elif application != APPLICATION_ID:
             raise StoreUnavailable(f"{self.file} is a database of another program: choose another folder")
@@ -273,6 +278,8 @@ class Log:
             raise FormatTooNew(
                 f"{self.file} has format {version}, this eventrun reads up to {FORMAT}: upgrade eventrun"
             )
+        elif not self.read_only and self._pragmas:  # it may come from another kind of disk
+            self._set_mode(raw)
 
 
 def check_not_emptied(file: Path) -> None:
@@ -309,7 +316,8 @@ def _refuse_new_log(file: Path, marked: int) -> None:
         )
 
 
-def _connect(file: Path, mode: str) -> sqlite3.Connection:
+def connect(file: Path, mode: str) -> sqlite3.Connection:
+    """Open a database, "ro", "rw" or "rwc"."""
     import sqlite3
 
     # One thread at a time: the job's, or the one that forks.
