@@ -51,10 +51,14 @@ class TrialStarted(_Event, frozen=True, tag="t>"):
 
 
 class TrialFinished(_Event, frozen=True, tag="t."):
-    """The trial ended; `status` is the caller's own word."""
+    """The trial ended; `status` is the caller's own word.
+
+    `seconds` since this handle began it come from the monotonic clock (None: it didn't).
+    """
 
     status: str = "completed"
     error: str | None = None
+    seconds: float | None = None
 
 
 class StatusChanged(_Event, frozen=True, tag="st"):
@@ -140,11 +144,15 @@ class TableAdded(_Event, frozen=True, tag="ta"):
 
 
 class WriterEnded(_Event, frozen=True, tag="w."):
-    """A writer of this subject is gone without having closed; noticed by whoever recovered its journal."""
+    """A writer of this subject is gone without having closed; noticed by whoever recovered its journal.
+
+    `last` is the sequence of the last event that it recorded here, as far as is known (0: it isn't).
+    """
 
     writer: int
     noticed_ns: int
     reason: str = "lost"
+    last: int = 0
 
 
 class Heartbeat(_Event, frozen=True, tag="hb"):

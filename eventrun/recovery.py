@@ -283,7 +283,7 @@ async def _note_end(store: Store, intake: Intake, stream: Stream, last: int) -> 
     if tip.sequence and await _noted(store, stream, position):
         return False
     now = max(time_ns(), last_ns)  # its clock may be ahead of ours, and who records later has not ended
-    item = encode_item(now, WriterEnded(stream.writer, now))
+    item = encode_item(now, WriterEnded(stream.writer, now, last=last))
     await intake.put(seal(claims, tip.sequence + 1, 1, item, now, now, tip.digest), tip.sequence)
     return True
 

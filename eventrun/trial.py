@@ -103,6 +103,7 @@ class Trial:
         self._recording = recording
         self._lock = RLock()  # reentrant: a signal handler may finish the trial that this thread just begins
         self._started = False
+        self._started_ns: int | None = None  # by the monotonic clock
         self._finished: tuple[str, int] | None = None  # the status and when
         self._plain_log = False  # started and not finished: `log` needn't look further
         self._entered: list[tuple[int, Token[Trial | None]]] = []  # process and token of each `with` around
@@ -227,7 +228,7 @@ class Trial:
 
     def finish(self, status: str = "completed", error: BaseException | str | None = None) -> None:
         """End the trial. Raises AlreadyFinished when it has ended."""
-        event = TrialFinished(_name(status, "the status"), _error_text(error))
+        status, text = _name(status, "the status"), _error_text(error)
         with self._lock:
             if self._finished is not None:
                 was, when = self._finished
@@ -236,7 +237,7 @@ class Trial:
                     f"trial {self.name!r} ({self.id}) ended already at {date} as {was!r}; "
                     f"to go on with it: client.trial({self.project!r}, resume={self.id!r})"
                 )
-            self._record(event)
+            self._record(TrialFinished(status, text, self._seconds()))
             self._finished = (status, time_ns())
             self._plain_log = False
         self._owner.trial_finished(self)
@@ -252,7 +253,10 @@ class Trial:
             if self.resumed:
                 self._record(WriterEnded(writer, time_ns(), reason))
             else:
-                self._record(TrialFinished("interrupted", reason))
+                self._record(TrialFinished("interrupted", reason, self._seconds()))
+
+    def _seconds(self) -> float | None:
+        return None if self._started_ns is None else (monotonic_ns() - self._started_ns) / 1e9
 
     @property
     def finished(self) -> bool:
@@ -269,6 +273,7 @@ class Trial:
         with self._lock:
             first = not self._started
             if first and self._finished is None:
+                self._started_ns = monotonic_ns()
                 self._record(TrialStarted(self.resumed))
                 self._plain_log = True
             self._started = True

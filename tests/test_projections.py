@@ -135,7 +135,7 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     CALLS,
     st.builds(TrialCreated, TEXTS, TEXTS, TEXTS, TEXTS),
     st.builds(TrialStarted, st.booleans()),
-    st.builds(TrialFinished, WORDS, ERRORS),
+    st.builds(TrialFinished, WORDS, ERRORS, st.none() | st.floats(0, 1e9)),
     st.builds(StatusChanged, WORDS, ERRORS),
     st.builds(ev.ChronoStarted, TEXTS, CHOICES),
     st.builds(ev.ChronoFinished, TEXTS, st.floats(0), ERRORS, CHOICES, st.booleans()),
@@ -149,7 +149,9 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(ev.OutputMarked, PLAIN),
     st.builds(ev.ChartAdded, PLAIN, st.none() | TEXTS),
     st.builds(ev.TableAdded, TEXTS, PLAIN, st.integers(0, 9), st.just({"a": "int"})),
-    st.builds(ev.WriterEnded, st.sampled_from([A, B]), TIMES, st.sampled_from(["lost", "killed"])),
+    st.builds(
+        ev.WriterEnded, st.sampled_from([A, B]), TIMES, st.sampled_from(["lost", "killed"]), st.integers(0, 9)
+    ),
     st.builds(ev.Heartbeat, st.just(10.0)),
     st.builds(ev.ProjectCreated, TEXTS),
     st.builds(ev.GroupCreated, TEXTS, TEXTS),
@@ -586,6 +588,32 @@ def test_a_clock_set_back_does_not_undo_a_finish() -> None:
     """A writer's finish counts after its own start, although the clock says that it came before."""
     state = folded((A, 9, TrialStarted()), (A, 5, TrialFinished("completed")))
     assert (state.status, state.duration_s) == ("completed", 0.0)
+
+
+HOUR = 3600 * SECOND
+
+
+@pytest.mark.parametrize("jump", [-5 * HOUR, 0, 5 * HOUR])
+def test_a_duration_does_not_come_from_a_clock_that_jumps(jump: int) -> None:
+    """A trial that was started once lasted as long as its finish measured; of several starts, at least as long."""
+    start, finish = (A, 9 * HOUR, TrialStarted()), (A, 9 * HOUR + jump, TrialFinished(seconds=2.0))
+    assert folded(start, finish).duration_s == 2.0
+    state = folded(
+        start, (B, 9 * HOUR, TrialStarted(True)), finish, (B, 9 * HOUR, TrialFinished(seconds=3.0))
+    )
+    assert state.duration_s == max(3.0, jump / SECOND)
+    assert folded(start, finish, (B, 20 * HOUR, TrialStarted(True))).duration_s == 11 * 3600
+
+
+@pytest.mark.parametrize("noticed_ns", [3, 9, 30])
+def test_lost_by_whatever_clock(noticed_ns: int) -> None:
+    """Whoever knows a writer's last event can tell its end, even by a clock that is behind the writer's."""
+    way: list[Recorded] = [(A, 9, TrialStarted()), (A, 8, MetricsLogged({"m": 1}))]
+    end = (CLAIMS, noticed_ns, ev.WriterEnded(A, noticed_ns, last=2))
+    assert folded(*way, end).status == "lost"
+    assert folded(*way, end, (A, 31, ev.Heartbeat(10.0))).status == "running"
+    own = (A, noticed_ns, ev.WriterEnded(A, noticed_ns, "no finish"))
+    assert folded(*way, own).status == "interrupted"
 
 
 def test_resumed_after_a_finish() -> None:

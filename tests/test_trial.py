@@ -9,6 +9,7 @@ from contextvars import copy_context
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from eventrun.codec import decode_items, encode, metric_values
 from eventrun.errors import AlreadyFinished, InvalidType, InvalidValue
@@ -38,13 +39,18 @@ class Tape:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.seconds: list[float | None] = []  # what finishes measured, taken out of the events
         self.ended: list[str] = []
 
     def record(self, event: Event) -> None:
         self.append(encode((0, event)))
 
     def append(self, item: bytes) -> None:
-        self.events.append(decode_items(item, 1)[0][1])
+        event = decode_items(item, 1)[0][1]
+        if isinstance(event, TrialFinished):
+            self.seconds.append(event.seconds)
+            event = structs.replace(event, seconds=None)
+        self.events.append(event)
 
     def trial_started(self, trial: Trial) -> None: ...
 
@@ -295,6 +301,19 @@ def test_interrupt_ends_only_what_runs(tape: Tape, trial: Trial) -> None:
     trial.interrupt("SIGTERM", 1)
     trial.interrupt("again", 1)
     assert tape.events == [TrialStarted(), TrialFinished("interrupted", "SIGTERM")]
+
+
+def test_a_finish_tells_how_long_it_was(tape: Tape, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From start to finish or interruption, by the monotonic clock; a trial that never began doesn't know."""
+    monkeypatch.setattr("eventrun.trial.monotonic_ns", lambda: 5_000_000_000)
+    trial.start()
+    other = Trial(tape, tape, new_id(), "project", "", "other", resumed=False)
+    other.start()
+    monkeypatch.setattr("eventrun.trial.monotonic_ns", lambda: 7_500_000_000)
+    trial.finish()
+    other.interrupt("SIGTERM", 1)
+    Trial(tape, tape, new_id(), "project", "", "third", resumed=False).finish()
+    assert tape.seconds == [2.5, 2.5, None]
 
 
 def test_chrono_measures_and_nests(tape: Tape, trial: Trial) -> None:

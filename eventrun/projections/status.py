@@ -6,9 +6,10 @@ the trial's last start, by whomever, counts no more, so a resumed trial runs aga
 1. If a writer has finished since, the trial is finished: failed if any of them failed, else completed if any
    completed, else as the last of them said. (When one rank fails, the others are interrupted a moment later; and a
    rank that merely left without a finish doesn't undo the finish of another.)
-2. Else it is lost, if a writer that had recorded in it ended without a finish, nobody has said anything since, and
-   no writer that began to run is left. A writer that records after its end was noticed has not ended. If all of them
-   ended by their own account (a resumed trial whose client closed), it is interrupted.
+2. Else it is lost, if a writer that had recorded in it ended without a finish, nobody else has said anything since,
+   and no writer that began to run is left. A writer that records after its end was noticed has not ended (by its
+   sequence where whoever noticed knew it, for their clocks may differ). If all of them ended by their own account (a
+   resumed trial whose client closed), it is interrupted.
 3. Else it is as the last statement said.
 
 "Last" is by (time_ns, writer, sequence), so the order in which the writers' batches arrive doesn't matter.
@@ -16,6 +17,7 @@ the trial's last start, by whomever, counts no more, so a resumed trial runs aga
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -63,8 +65,8 @@ _NOTHING = Statement(_EVER, CREATED, CREATED, False)
 class Writer(Struct, array_like=True, gc=False):
     """What is known of a writer of this trial.
 
-    `last_ns` is the time of its last event (None: it has recorded nothing), `begun_ns` that of its last start,
-    `error` what it told since.
+    `last_ns` is the time of its last event (None: it has recorded nothing) and `last` its sequence, `begun_ns` the time
+    of its last start, `error` what it told since. It ended at `ended_ns`, after its event `ended_last`.
     """
 
     last_ns: int | None = None
@@ -73,6 +75,8 @@ class Writer(Struct, array_like=True, gc=False):
     error: str | None = None
     ended_ns: int | None = None
     ended_why: str | None = None
+    last: int = 0
+    ended_last: int = 0
 
     def begin(self, time_ns: int) -> None:
         """Note that it has begun to run, once more perhaps."""
@@ -90,14 +94,17 @@ class Writer(Struct, array_like=True, gc=False):
             self.error = event.error
 
     def end(self, event: WriterEnded) -> None:
-        """Note that somebody else noticed its end."""
+        """Note that its end was noticed."""
+        self.ended_last = max(self.ended_last, event.last)
         if self.ended_ns is None or event.noticed_ns >= self.ended_ns:
             self.ended_ns, self.ended_why = event.noticed_ns, event.reason
 
     @property
     def ended(self) -> bool:
         """It has recorded something, and nothing since its end was noticed."""
-        return self.ended_ns is not None and self.last_ns is not None and self.last_ns <= self.ended_ns
+        if self.ended_ns is None or self.last_ns is None:
+            return False
+        return self.last <= self.ended_last or self.last_ns <= self.ended_ns
 
     @property
     def finished(self) -> bool:
@@ -130,13 +137,15 @@ def judge(writers: dict[int, Writer]) -> Verdict:
         weights = {FAILED: 2, COMPLETED: 1}
         _, name, end = max(finals, key=lambda entry: (weights.get(entry[2].view, 0), entry[:2]))
         return Verdict(end.view, end.raw, _error(writers, said, name), max(finals)[0])
-    time_ns, name, now = max(said, default=(_EVER, 0, _NOTHING))
+    _, name, now = max(said, default=(_EVER, 0, _NOTHING))
     error = _error(writers, said, name)
-    gone = [w for w in writers.values() if w.ended and not w.finished]
+    gone = {name: w for name, w in writers.items() if w.ended and not w.finished}
     runs = any(w.begun_ns is not None and not w.ended and not w.finished for w in writers.values())
-    if gone and not runs and max(w.ended_ns or 0 for w in gone) >= time_ns:
-        view = LOST if any(w.ended_why == LOST for w in gone) else INTERRUPTED
-        return Verdict(view, now.raw, error or _why(gone), None)
+    # What a writer said itself came before its end, whatever the clock of whoever noticed that.
+    since_ns = max((said_ns for said_ns, writer, _ in said if writer not in gone), default=_EVER)
+    if gone and not runs and max(w.ended_ns or 0 for w in gone.values()) >= since_ns:
+        view = LOST if any(w.ended_why == LOST for w in gone.values()) else INTERRUPTED
+        return Verdict(view, now.raw, error or _why(gone.values()), None)
     return Verdict(now.view, now.raw, error, None)
 
 
@@ -146,6 +155,6 @@ def _error(writers: dict[int, Writer], said: list[tuple[int, int, Statement]], n
     return writers[max(told)[2]].error if told else None
 
 
-def _why(gone: list[Writer]) -> str | None:
+def _why(gone: Iterable[Writer]) -> str | None:
     ended = max(gone, key=lambda writer: (writer.ended_ns or 0, writer.ended_why or ""))
     return None if ended.ended_why == LOST else ended.ended_why

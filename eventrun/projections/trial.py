@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct, field, structs
 
 from eventrun.codec import StoredEvent
 from eventrun.events import (
@@ -40,7 +40,7 @@ from eventrun.projections.params import ParamSource, merged, remember
 from eventrun.projections.rows import Rows, Slice, rows_of
 from eventrun.projections.status import Writer, judge
 
-TRIALS_VERSION = 1  # raise it when a fold changes its meaning or its bytes: every view is then built anew
+TRIALS_VERSION = 2  # raise it when a fold changes its meaning or its bytes: every view is then built anew
 
 _UNKNOWN = TrialCreated("", "", "")
 
@@ -50,9 +50,11 @@ class TrialState(Struct, array_like=True, gc=False, frozen=True):
 
     `status` is one of seven words, see `view_status`; `raw_status` is the caller's own. `params` and `metadata` are
     nested as they were set, a later mapping merged into the earlier. `finished_ns` is None while it runs, and when it
-    is lost. `modified_ns` is the latest time of its events, `duration_s` the time from its first start to its finish,
-    or to `modified_ns`. `late` counts what was recorded after its writer had finished the trial (and is kept like all
-    else), `events` all events, `position` is where the last of them stands in the log.
+    is lost. `modified_ns` is the latest time of its events. `duration_s` is the time from its first start to its
+    finish, or to `modified_ns`: measured by the monotonic clock if it was started once and has finished, else the
+    difference of two times and at least what was measured. `late` counts what was recorded after its writer had
+    finished the trial (and is kept like all else), `events` all events, `position` is where the last of them stands in
+    the log.
     """
 
     # Tuples, not lists: an empty one costs nothing to read, and a list would be tracked by the garbage collector.
@@ -118,6 +120,8 @@ class TrialFold(Struct, array_like=True, gc=False):
     late: int = 0
     events: int = 0
     position: int = 0
+    starts: int = 0
+    measured_s: float | None = None  # the most that a writer measured from its start to its finish
 
     @classmethod
     def new(cls, trial_id: str) -> TrialFold:
@@ -140,10 +144,6 @@ class TrialFold(Struct, array_like=True, gc=False):
     def state(self) -> TrialState:
         """Give the state to read, which later folds don't change."""
         created, about, status = self.created, self.about, judge(self.writers)
-        until_ns = self.modified_ns if status.finished_ns is None else status.finished_ns
-        lasted = (
-            None if self.started_ns is None or until_ns is None else max(until_ns - self.started_ns, 0) / 1e9
-        )
         return TrialState(
             self.id, created.project, created.group, created.name,
             created.description if about.description is None else about.description,
@@ -154,10 +154,20 @@ class TrialFold(Struct, array_like=True, gc=False):
             {name: chrono.state() for name, chrono in self.chronos.items()},
             tuple(about.inputs), tuple(about.outputs),
             tuple(about.charts), tuple(about.tables), tuple(about.notes),
-            self.created_ns, self.started_ns, status.finished_ns, self.modified_ns, lasted,
+            self.created_ns, self.started_ns, status.finished_ns, self.modified_ns,
+            self._lasted(status.finished_ns),
             self.late, self.events, self.position,
             _encoder.encode(self.sources),
         )  # fmt: skip
+
+    def _lasted(self, finished_ns: int | None) -> float | None:
+        until_ns = self.modified_ns if finished_ns is None else finished_ns
+        if self.started_ns is None or until_ns is None:
+            return None
+        measured = self.measured_s or 0.0
+        if self.starts == 1 and self.measured_s is not None and finished_ns is not None:
+            return measured
+        return max((until_ns - self.started_ns) / 1e9, measured, 0.0)
 
     def writer(self, name: int) -> Writer:
         """Give what is known of a writer."""
@@ -186,7 +196,7 @@ def decode_state(data: bytes) -> TrialState:
 def apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
     """Take in the next event; changes `trial` and returns it. This is what `fold` means, one event at a time."""
     part = Slice(stored.position, stored.stream, stored.sequence, [(stored.time_ns, stored.event)])
-    _count(trial, part, _signs_of_life(part))
+    _count(trial, part, *_signs_of_life(part))
     return _apply(trial, stored)
 
 
@@ -202,11 +212,11 @@ def fold(trial: TrialFold, slices: Sequence[Slice]) -> dict[str, Points]:
         end = 0
         for part in slices:
             start, end = end, end + len(part.items)
-            _count(trial, part, rows.times_ns[start:end])
+            _count(trial, part, rows.times_ns[start:end], len(part.items))
         return _log(trial, rows)  # type: ignore[arg-type]
     chronos: dict[str, list[ChronoStarted | ChronoFinished]] = {}
     for part in slices:
-        _count(trial, part, _signs_of_life(part))
+        _count(trial, part, *_signs_of_life(part))
         for place, (_, event) in enumerate(part.items):
             if isinstance(event, (ChronoStarted, ChronoFinished)):
                 chronos.setdefault(event.name, []).append(event)
@@ -218,19 +228,26 @@ def fold(trial: TrialFold, slices: Sequence[Slice]) -> dict[str, Points]:
     return _log(trial, rows.take(calls))  # type: ignore[arg-type]
 
 
-def _count(trial: TrialFold, part: Slice, times_ns: list[int]) -> None:
+def _count(trial: TrialFold, part: Slice, times_ns: list[int], lived: int) -> None:
+    """Count a slice; `times_ns` are those of its writer's signs of life, `lived` where the last of them is behind."""
     trial.events += len(part.items)
     trial.position = part.position + len(part.items) - 1
     if times_ns:
         last_ns = max(times_ns)
         writer = trial.writer(part.stream.writer)
         writer.last_ns = last_ns if writer.last_ns is None else max(last_ns, writer.last_ns)
+        writer.last = max(writer.last, part.first + lived - 1)
         trial.modified_ns = last_ns if trial.modified_ns is None else max(last_ns, trial.modified_ns)
 
 
-def _signs_of_life(part: Slice) -> list[int]:
+def _signs_of_life(part: Slice) -> tuple[list[int], int]:
     # A writer's end is noticed by another, perhaps days later.
-    return [time_ns for time_ns, event in part.items if not isinstance(event, WriterEnded)]
+    times, lived = [], 0
+    for count, (time_ns, event) in enumerate(part.items, 1):
+        if not isinstance(event, WriterEnded):
+            times.append(time_ns)
+            lived = count
+    return times, lived
 
 
 def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
@@ -249,7 +266,7 @@ def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
         case TrialFinished() | StatusChanged():
             return _say(trial, stored, event)
         case WriterEnded():
-            return _end(trial, event)
+            return _end(trial, stored, event)
         case ParamsSet():
             return _set_params(trial, event)
         case (
@@ -284,6 +301,7 @@ def _create(trial: TrialFold, time_ns: int, event: TrialCreated) -> TrialFold:
 
 
 def _start(trial: TrialFold, stored: StoredEvent) -> TrialFold:
+    trial.starts += 1
     trial.writer(stored.stream.writer).begin(stored.time_ns)
     trial.started_ns = stored.time_ns if trial.started_ns is None else min(stored.time_ns, trial.started_ns)
     return trial
@@ -291,10 +309,14 @@ def _start(trial: TrialFold, stored: StoredEvent) -> TrialFold:
 
 def _say(trial: TrialFold, stored: StoredEvent, event: TrialFinished | StatusChanged) -> TrialFold:
     trial.writer(stored.stream.writer).say(stored.time_ns, event)
+    if isinstance(event, TrialFinished) and event.seconds is not None:
+        trial.measured_s = max(event.seconds, trial.measured_s or 0.0)
     return trial
 
 
-def _end(trial: TrialFold, event: WriterEnded) -> TrialFold:
+def _end(trial: TrialFold, stored: StoredEvent, event: WriterEnded) -> TrialFold:
+    if stored.stream.writer == event.writer:  # by its own account
+        event = structs.replace(event, last=stored.sequence)
     trial.writer(event.writer).end(event)
     return trial
 

@@ -348,6 +348,6 @@ def images(
         for step in own[done:cut]:
             disk.replay(step)
         done = cut
-        image = to / f"{scenario.name}-{number}"
+        image = to / f"{scenario.parent.name}-{scenario.name}-{number}"
         disk.crash(image, chance)
         yield image, list(disk.marks)
