@@ -72,7 +72,9 @@ class FragmentFolder(JournalFolder):
         if segment.place is None:
             if self._descriptor is None and not self._open():
                 raise OSError(errno.ENOENT, self.problem or "there is no folder to write to")
-            place = self._vacant(segment.size, segment.size) or self._new_arena(segment.size)
+            place = self._vacant(segment.size, segment.size, mapped=False) or self._new_arena(
+                segment.size, mapped=False
+            )
             segment.written, segment.written_turns, segment.place = 0, -1, place
 
     def sync(self) -> None:
