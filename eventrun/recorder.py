@@ -336,7 +336,9 @@ class Recorder:
         peeked: list[tuple[Recording, Journal, Chunk]] = []
         for recording, journal in self._open_journals():
             if left > 0 and journal.has_new:
-                chunks = journal.peek(min(left, BATCH_BYTES))
+                chunks = journal.peek(
+                    left, BATCH_BYTES
+                )  # all of it: where a sync takes seconds each one counts
                 left -= sum(len(chunk.payload) for chunk in chunks)
                 peeked.extend((recording, journal, chunk) for chunk in chunks)
         sizes = sorted((len(chunk.payload) for _, _, chunk in peeked), reverse=True)

@@ -78,9 +78,9 @@ def joined(chunks: list[Chunk]) -> list[bytes]:
     return items
 
 
-def take(journal: Journal, limit: int = 1 << 30) -> list[Chunk]:
+def take(journal: Journal, limit: int = 1 << 30, batch: int = 1 << 30) -> list[Chunk]:
     """Do as the flusher does: peek, then confirm."""
-    chunks = journal.peek(limit)
+    chunks = journal.peek(limit, batch)
     for chunk in chunks:
         journal.confirm(chunk)
     return chunks
@@ -212,7 +212,7 @@ def test_chunks_joined_are_what_was_appended(
             elif what == "peek":
                 journal.peek(number)
             else:
-                taken += take(journal, number)
+                taken += take(journal, number, number // 4 + 1)
             assert journal.next_sequence == len(sent) + 1
             assert journal.held_bytes == sum(map(len, sent)) - sum(len(chunk.payload) for chunk in taken)
         if path is not None:
@@ -238,6 +238,19 @@ def test_a_chunk_ends_at_a_mark_and_holds_about_what_was_asked_for(small: None, 
         sizes.append(sum(len(chunk.payload) for chunk in chunks))
     assert max(sizes) <= 500
     assert len(sizes) >= 3
+
+
+def test_one_look_gives_many_chunks(small: None, opened: Open) -> None:
+    """Each chunk is of about the size of a batch, and there are as many as were asked for, also of one segment."""
+    journal = opened()
+    sent = [item(i, 60) for i in range(200)]
+    log(journal, sent)
+    chunks = journal.peek(5000, 600)
+    assert sum(len(chunk.payload) for chunk in chunks) <= 5000 + 256
+    assert max(len(chunk.payload) for chunk in chunks) <= 600
+    assert len(chunks) >= 8
+    assert joined(chunks) == sent[: sum(chunk.events for chunk in chunks)]
+    assert joined(take_all(journal)) == sent
 
 
 def test_close_takes_no_more_and_hands_on(opened: Open) -> None:

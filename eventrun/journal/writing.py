@@ -260,8 +260,11 @@ class Journal:
                 return True
         return False
 
-    def peek(self, limit_bytes: int) -> list[Chunk]:
-        """Copy what is not confirmed yet, in order, at most about `limit_bytes`; at least one chunk, one a segment."""
+    def peek(self, limit_bytes: int, batch_bytes: int = sys.maxsize) -> list[Chunk]:
+        """Copy what is not confirmed yet, in order, at most about `limit_bytes`; at least one chunk.
+
+        A chunk holds at most about `batch_bytes`, and events of one segment.
+        """
         with self._guard:
             full, segment, end, last, _, count = self._now()
         found = [(s, s.end, s.count, s.last) for s in full]
@@ -269,15 +272,22 @@ class Journal:
             found.append((segment, end, count, last))
         chunks: list[Chunk] = []
         for segment, end, count, last in found:
-            if end == segment.taken or limit_bytes <= 0:
-                continue
-            whole = end - segment.taken <= limit_bytes
-            if not whole:
-                cuts = [c for c in CUT.iter_unpack(bytes(segment.cuts)) if segment.taken < c[0] <= end]
-                fits = [c for c in cuts if c[0] - segment.taken <= limit_bytes]
-                end, count, last = fits[-1] if fits else cuts[0] if cuts else (end, count, last)
-            chunks.append(_chunk(segment, end, count, last))
-            limit_bytes = limit_bytes - len(chunks[-1].payload) if whole else 0
+            at, done = segment.taken, segment.taken_count
+            cuts = (
+                list(CUT.iter_unpack(bytes(segment.cuts))) if end - at > min(limit_bytes, batch_bytes) else []
+            )
+            while at < end and limit_bytes > 0:
+                most = min(limit_bytes, batch_bytes)
+                stop = (end, count, last)
+                if end - at > most:
+                    ahead = [c for c in cuts if at < c[0] <= end]
+                    fits = [c for c in ahead if c[0] - at <= most]
+                    stop = fits[-1] if fits else ahead[0] if ahead else stop
+                    if most == limit_bytes:
+                        limit_bytes = 0
+                chunks.append(_chunk(segment, at, done, *stop))
+                limit_bytes -= stop[0] - at
+                at, done, _ = stop
         return chunks
 
     def confirm(self, chunk: Chunk) -> None:
@@ -439,12 +449,10 @@ def new_journal(
     return kind(folder, stream, segment, first, moved)
 
 
-def _chunk(segment: Segment, end: int, count: int, last: int) -> Chunk:
-    start = segment.taken
+def _chunk(segment: Segment, start: int, done: int, end: int, count: int, last: int) -> Chunk:
     payload = segment.read(start, end)
-    first = segment.first + segment.taken_count
     times = item_time(payload, 0), item_time(payload, last - start)
-    return Chunk(first, count - segment.taken_count, payload, *times)
+    return Chunk(segment.first + done, count - done, payload, *times)
 
 
 def item_time(payload: bytes, at: int) -> int:
