@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import pytest
 import eventrun
 from tests.crash.harness import FULL, Table, Tally, compare, logged, needs, rounds
 from tests.crash.starter import Starter
+from tests.crash.test_kill import RECOVER
 from tests.crash.test_kill_at_writes import starter as starter
 
 EVENTS = 40
@@ -171,8 +172,11 @@ class Disk:
         return total
 
 
-def cut(traces: Sequence[Path], place: Path, times: int) -> Tally:
-    """Cut the power after some of the steps that have changed the disk, or something was acknowledged."""
+def cut(traces: Sequence[Path], place: Path, times: int, last: Mapping[str, int] | None = None) -> Tally:
+    """Cut the power after some of the steps that have changed the disk, or something was acknowledged.
+
+    After the last one as much must be there as `last` says, if it says anything.
+    """
     count = sum(Disk().replay(call) or call.name == "write" for trace in traces for call in calls(trace))
     chosen = {count, *random.Random(count).sample(range(1, count + 1), min(count, times - 1))}
     disk, at, total = Disk(), 0, Tally()
@@ -181,6 +185,8 @@ def cut(traces: Sequence[Path], place: Path, times: int) -> Tally:
             at += disk.replay(call) or call.name == "write"
             if at in chosen:
                 chosen.discard(at)
+                if at == count and last:
+                    disk.acknowledged.update(last)
                 total = total.plus(disk.look(place))
     return total
 
@@ -203,19 +209,28 @@ class Player:
 
     def play(self, inject: str = "", *, settle_bytes: int = 1 << 25, end: str = "close") -> int:
         """Log to a trial of its own, while calls on the files of the log fail; give the return code."""
-        name = f"trial{len(self.traces)}"
-        trace, told = self.place / f"{name}.trace", self.place / name
+        name = f"trial{len(self.names)}"
+        told = self.place / name
         told.unlink(missing_ok=True)
+        self.names.append(name)
+        return self._run(
+            inject, [self._prelude + LOGGING, str(settle_bytes), end, str(self.store), str(told)]
+        )
+
+    def recover(self, inject: str) -> int:
+        """Open the store, and take in what was left in journals, while calls fail."""
+        return self._run(inject, [self._prelude + RECOVER, str(self.store)])
+
+    def _run(self, inject: str, command: list[str]) -> int:
+        trace = self.place / f"{len(self.traces)}.trace"
         files = [self.store / file for file in ("log.db", "log.db-wal", "log.db-journal")]
-        options = [option for path in [*files, told] for option in ("-P", str(path))]
+        files += [self.place / name for name in self.names[-1:]]
+        options = [option for path in files for option in ("-P", str(path))]
         traced = "trace=openat,close,unlink,pwrite64,ftruncate,fdatasync,fsync,write"
         options += ["-y", "-xx", "-s", "1000000", "-o", str(trace), "-e", traced]
         options += ["-e", f"inject={inject}"] if inject else []
-        command = ["-c", self._prelude + LOGGING, str(settle_bytes), end, str(self.store), str(told)]
-        code = self._starter.run(command, options, stderr=self.place / "stderr")
         self.traces.append(trace)
-        self.names.append(name)
-        return code
+        return self._starter.run(["-c", *command], options, stderr=self.place / "stderr")
 
     def look(self) -> Tally:
         """Open the store as these processes have left it: all that was logged is there, flushed or not."""
@@ -231,13 +246,13 @@ class Player:
         return total
 
 
-def failures(call: str, last: int) -> list[str]:
-    """List strace's ways to make calls fail: the N-th alone, with some that follow, and for ever."""
-    return [
-        f"{call}:error=EIO:when={first}{more}"
-        for first in range(1, last + 1)
-        for more in ("", f"..{first + 1}", f"..{first + 3}", "+3", "+")
-    ]
+def failures(call: str, last: int, ways: int = 5) -> list[str]:
+    """List strace's ways to make calls fail: the N-th alone, with some that follow, for ever; so many of them each."""
+    found = []
+    for first in range(1, last + 1):
+        more = ["", f"..{first + 1}", f"..{first + 3}", "+3", "+"]
+        found += [f"{call}:error=EIO:when={first}{more[(first + i) % 5]}" for i in range(ways)]
+    return found
 
 
 def some(ways: list[str], quick: int) -> list[str]:
@@ -296,17 +311,40 @@ def test_a_sync_that_fails_and_a_kill(tmp_path: Path, table: Table, starter: Sta
 
 @needs("strace")
 @pytest.mark.crash
+def test_a_recovery_on_a_failing_disk(tmp_path: Path, table: Table, starter: Starter) -> None:
+    """Journals of a killed process are removed only when what they held would outlive a power cut."""
+    player = Player(starter, tmp_path)
+    ways = some(failures("fdatasync", 9) + failures("pwrite64", 20, 1), 5)
+    here = after = Tally()
+    for inject in ways:
+        player.begin()
+        assert player.play("fdatasync:error=EIO:when=9+", end="exit") == 0  # something is in the log, not all
+        failed = player.recover(inject) != 0
+        assert not retried(player.traces[1]), inject
+        if not any((player.store / "journals").iterdir()):
+            assert not failed
+            after = after.plus(cut(player.traces, tmp_path / "image", 1, {player.names[0]: EVENTS}))
+            assert after.good, (inject, after)
+        here = here.plus(player.look())
+        assert here.good, (inject, here)
+    table.add(5, "EIO while a recovery goes on", len(ways), here)
+    table.add(5, "EIO while a recovery goes on, power cut", len(ways), after)
+    assert not here.reported
+
+
+@needs("strace")
+@pytest.mark.crash
 def test_writes_that_fail(tmp_path: Path, table: Table, starter: Starter) -> None:
     """A write to the log or its write-ahead file that fails loses nothing, acknowledged or not."""
     player = Player(starter, tmp_path)
-    ways = some(failures("pwrite64", 60), 4)
+    ways = some(failures("pwrite64", 60, 2), 4)
     here = after = Tally()
     for n, inject in enumerate(ways):
         player.begin()
         assert (
             player.play(inject, settle_bytes=(1 << 25, 2000)[n % 2], end=("close", "exit")[n % 3 == 0]) == 0
         )
-        after = after.plus(cut(player.traces, tmp_path / "image", 20 if FULL else 3))
+        after = after.plus(cut(player.traces, tmp_path / "image", 8 if FULL else 3))
         assert after.good, (inject, after)
         here = here.plus(player.look())
         assert here.good, (inject, here)
