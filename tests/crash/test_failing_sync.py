@@ -402,6 +402,7 @@ def test_a_connection_that_is_used_again_is_caught(tmp_path: Path, table: Table,
         ("builds on what a process left whose sync had failed", BUILDS_ON_IT, True),
         ("errors of a commit not looked at", NOT_LOOKED_AT, False),
     ],
+    ids=["closed at once", "builds on it", "not looked at"],
 )
 def test_what_trusts_a_failed_sync_is_caught(
     tmp_path: Path, table: Table, starter: Starter, what: str, broken: str, kill: bool

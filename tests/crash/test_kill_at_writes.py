@@ -172,6 +172,14 @@ def sweep_calls(scene: Scene, quick: int) -> tuple[int, Tally]:
     return kills, total
 
 
+# Settles and gives journals back at every turn, not after 32 MiB only.
+OFTEN = """
+import eventrun.recorder
+eventrun.recorder.SETTLE_BYTES = 1
+eventrun.recorder.MAX_OPEN_JOURNALS = 0
+"""
+
+
 @needs("strace")
 @pytest.mark.crash
 def test_a_kill_at_each_call_of_a_first_run(tmp_path: Path, table: Table, starter: Starter) -> None:
@@ -185,12 +193,14 @@ def test_a_kill_at_each_call_of_a_first_run(tmp_path: Path, table: Table, starte
 @needs("strace")
 @pytest.mark.crash
 def test_a_kill_at_each_call_in_a_store_that_is_there(tmp_path: Path, table: Table, starter: Starter) -> None:
-    """The same with several trials, beside what another process has recorded before."""
+    """The same with several trials, while the log is settled all the time, beside what is there from before."""
     first = Scene(starter, tmp_path / "first", events=20, flush_every=5)
     assert first.play() == 0
-    scene = Scene(starter, tmp_path / "second", first, trials=3, events=20, flush_every=7, linger_ms=3)
+    scene = Scene(
+        starter, tmp_path / "second", first, trials=3, events=20, flush_every=7, linger_ms=3, prelude=OFTEN
+    )  # fmt: skip
     kills, found = sweep_calls(scene, quick=10)
-    table.add(1, "SIGKILL at each call: three trials, store is there", kills, found)
+    table.add(1, "SIGKILL at each call: three trials, always settling", kills, found)
     assert kills
 
 
@@ -302,14 +312,6 @@ def test_a_kill_at_each_instruction_of_a_log_call(tmp_path: Path, table: Table, 
     assert kills
 
 
-# Settles and gives journals back at every turn, not after 32 MiB only.
-OFTEN = """
-import eventrun.recorder
-eventrun.recorder.SETTLE_BYTES = 1
-eventrun.recorder.MAX_OPEN_JOURNALS = 0
-"""
-
-
 @pytest.mark.crash
 def test_a_kill_at_each_line_of_flusher_and_close(tmp_path: Path, table: Table, starter: Starter) -> None:
     """While events are sealed, appended, confirmed, settled and released, no line is a bad moment for a kill."""
@@ -358,7 +360,9 @@ HEAD_LATE = HEAD_FIRST.replace(
 
 
 @pytest.mark.crash
-@pytest.mark.parametrize(("what", "broken"), [("first", HEAD_FIRST), ("one call late", HEAD_LATE)])
+@pytest.mark.parametrize(
+    ("what", "broken"), [("first", HEAD_FIRST), ("one call late", HEAD_LATE)], ids=["first", "late"]
+)
 def test_a_head_stored_at_a_wrong_moment_is_caught(
     tmp_path: Path, table: Table, starter: Starter, what: str, broken: str
 ) -> None:

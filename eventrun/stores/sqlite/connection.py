@@ -107,10 +107,9 @@ class Log:
         if self._raw is None and self._failed:
             import sqlite3
 
+            # So that none that has failed is the last one, with which SQLite checkpoints.
             try:
-                self._raw = (
-                    self._open()
-                )  # so that none that has failed is the last one, which SQLite checkpoints with
+                self._raw = self._open()
             except (sqlite3.Error, StoreError):
                 pass
         self._close_failed()
