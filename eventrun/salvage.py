@@ -36,7 +36,7 @@ from eventrun.codec import (
 from eventrun.damage import Damage
 from eventrun.errors import FormatTooNew, LogDamaged, StoreUnavailable
 from eventrun.journal import has_ended, segments_in, state_of
-from eventrun.journal.scan import Found, count_items, recover
+from eventrun.journal.scan import Found, Stretch, count_items, recover, stretches
 from eventrun.portal import Portal
 from eventrun.recovery import CLAIM_WRITER, note_ends
 from eventrun.stores.sqlite import SqliteStore
@@ -146,6 +146,7 @@ class _Salvage:
         self._raw = raw
         self._index: dict[Stream, dict[int, list[_Entry]]] = {}
         self._segments: dict[Stream, list[Found]] = {}
+        self._vouched: dict[Stream, list[_Piece]] = {}
         self._dead: set[int] = set()
         self._problems: list[Damage] = []
         self._told: dict[Path, Damage] = {}  # by journal file, of its last reading
@@ -265,7 +266,21 @@ class _Salvage:
             piece = piece or self._from_segment(segment, b"", 0, known)
             if piece is not None:
                 return piece
+        for piece in self._stretches(stream):
+            if piece.first <= following <= piece.last:
+                return _without(piece, following - piece.first)
         return None
+
+    def _stretches(self, stream: Stream) -> list[_Piece]:
+        """What checksums of the journals vouch for, also behind damage."""
+        known = self._vouched.get(stream)
+        if known is None:
+            known = self._vouched[stream] = [
+                _Piece(found.first, found.first + found.events - 1, None, 0, found.payload, tuple(found.cuts))
+                for segment in self._segments.get(stream, ())
+                for found in _stretches_of(segment)
+            ]
+        return known
 
     def _from_segment(self, segment: Found, logged: bytes, count: int, skip: int) -> _Piece | None:
         try:
@@ -280,11 +295,8 @@ class _Salvage:
         events = found.events - skip
         if events <= 0:
             return None
-        _, start = count_items(found.payload, 0, len(found.payload), most=skip)
-        cuts = tuple((end - start, n - skip) for end, n in found.cuts if n > skip)
-        return _Piece(
-            found.first + skip, found.first + skip + events - 1, None, 0, found.payload[start:], cuts
-        )
+        last = found.first + found.events - 1
+        return _without(_Piece(found.first, last, None, 0, found.payload, tuple(found.cuts)), skip)
 
     def _tell(self, segment: Found, what: str) -> None:
         where = f"journals/{segment.path.parent.name}/{segment.path.name}"
@@ -322,13 +334,10 @@ class _Salvage:
         return batch
 
     def _next(self, stream: Stream, following: int) -> int | None:
-        """Find the first sequence after a gap that can be read; a journal's are tried one segment after the other."""
+        """Find the first sequence after a gap that can be read."""
         index = self._index.get(stream, {})
         found = [first for first in index if first > following and any(entry.whole for entry in index[first])]
-        for segment in self._segments.get(stream, ()):
-            if segment.first > following and self._from_segment(segment, b"", 0, 0) is not None:
-                found.append(segment.first)
-                break
+        found += [piece.first for piece in self._stretches(stream) if piece.first > following]
         return min(found, default=None)
 
     def _note_gap(self, stream: Stream, first: int, last: int) -> None:
@@ -442,6 +451,20 @@ class _Salvage:
             yield batch
             sequence, previous = batch.header.last, digest(batch)
             start, done = end, count
+
+
+def _stretches_of(segment: Found) -> list[Stretch]:
+    try:
+        return stretches(segment)
+    except OSError:
+        return []
+
+
+def _without(piece: _Piece, skip: int) -> _Piece:
+    """Leave out the first events of a journal's piece."""
+    _, start = count_items(piece.payload, 0, len(piece.payload), most=skip)
+    cuts = tuple((end - start, n - skip) for end, n in piece.cuts if n > skip)
+    return _Piece(piece.first + skip, piece.last, None, 0, piece.payload[start:], cuts)
 
 
 def _worth(entry: _Entry) -> tuple[bool, int, bool]:

@@ -39,8 +39,8 @@ from eventrun.journal import (
     segments_in,
     writing,
 )
-from eventrun.journal.scan import count_items
-from eventrun.journal.segments import LOCK_NAME, NEW_LOCK_NAME
+from eventrun.journal.scan import count_items, stretches
+from eventrun.journal.segments import FIXED, LOCK_NAME, NEW_LOCK_NAME
 from eventrun.journal.writing import Chunk, LockedJournal, WrittenJournal
 from eventrun.locks import owner
 
@@ -953,12 +953,55 @@ def test_header_damage_is_told(killed: tuple[Path, list[bytes], list[int]]) -> N
     file = path / "1-2048x4.arena"
     whole = bytearray(file.read_bytes())
     whole[10] ^= 1
+    whole[30] ^= 1
     file.write_bytes(whole)
     (path / "odd.arena").write_bytes(b"?")
     items, problems = found_in(path)
     assert items == []
     assert problems[0] == "1-2048x4.arena at 0: the segment's header fails its checksum"
     assert "odd.arena can't be read" in " ".join(problems)
+
+
+def test_one_changed_byte_in_a_header_costs_nothing(killed: tuple[Path, list[bytes], list[int]]) -> None:
+    """Its checksum tells which byte it was: all items are found, and it is told."""
+    path, sent, _ = killed
+    file = path / "1-2048.arena"
+    whole = file.read_bytes()
+    subject = STREAM.subject.encode()
+    place = whole.index(subject)
+    for at in [*range(8, 8 + FIXED.size, 3), *range(place, place + len(subject), 5)]:
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 32]) + whole[at + 1 :])
+        items, problems = found_in(path)
+        assert items == sent
+        assert "one byte of it was changed" in problems[0]
+
+
+def test_behind_damage_each_stretch_between_two_marks_counts(
+    killed: tuple[Path, list[bytes], list[int]],
+) -> None:
+    """Checksums go on from one another, so a changed byte costs what lies between the marks around it, no more."""
+    path, _, _ = killed
+    (segments,) = segments_in(path)[0].values()
+    for segment in segments:
+        whole = segment.path.read_bytes()
+        all_of_it = [found.payload for found in stretches(segment)]
+        assert len(all_of_it) <= 1
+        ends = [segment.start, *(end for end, _, _ in segment.points), segment.head[0]]
+        for at in range(segment.start, segment.head[0], 7):
+            place = segment.base + at
+            segment.path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            before = max(end for end in ends if end <= at)
+            after = min(end for end in ends if end > at)
+            found = stretches(segment)
+            data = segment.read()
+            assert b"".join(each.payload for each in found) == (
+                data[segment.start : before] + data[after : segment.head[0]]
+            )
+            assert [each.first for each in found] == sorted(each.first for each in found)
+            for each in found:
+                assert each.cuts[-1] == (len(each.payload), each.events)
+                assert count_items(each.payload, 0, len(each.payload))[0] == each.events
+        segment.path.write_bytes(whole)
 
 
 def test_written_is_as_good_as_mapped(small: None, opened: Open) -> None:
