@@ -129,7 +129,7 @@ class Disk:
             cache = self.cache.setdefault(file, bytearray())
             del cache[call.numbers[-1] :]
             cache.extend(bytes(call.numbers[-1] - len(cache)))
-        elif call.name in ("fdatasync", "fsync"):
+        elif call.name in ("fdatasync", "fsync") and file.startswith("log.db"):
             changed = self.changed.pop(file, set())
             if call.worked:
                 self._store(file, changed)
@@ -224,6 +224,7 @@ class Player:
     def _run(self, inject: str, command: list[str]) -> int:
         trace = self.place / f"{len(self.traces)}.trace"
         files = [self.store / file for file in ("log.db", "log.db-wal", "log.db-journal")]
+        files += self.store.parents
         files += [self.place / name for name in self.names[-1:]]
         options = [option for path in files for option in ("-P", str(path))]
         traced = "trace=openat,close,unlink,pwrite64,ftruncate,fdatasync,fsync,write"
@@ -284,6 +285,21 @@ def test_syncs_that_fail(tmp_path: Path, table: Table, starter: Starter) -> None
     table.add(5, "EIO of the Nth fdatasync, power cut", len(ways), after)
     assert not here.reported
     assert after.acknowledged
+
+
+@needs("strace")
+@pytest.mark.crash
+def test_folders_whose_sync_fails(tmp_path: Path, table: Table, starter: Starter) -> None:
+    """As long as a new store's folder may be gone after a power cut, no flush returns."""
+    player = Player(starter, tmp_path)
+    player.begin()
+    assert player.play("fsync:error=EIO:when=1+", end="exit") == 0
+    assert any(call.name == "fsync" and not call.worked for call in calls(player.traces[0]))
+    assert not (tmp_path / player.names[0]).read_bytes()
+    found = player.look()
+    table.add(5, "EIO of the fsync of folders", 1, found)
+    assert found.good
+    assert not found.reported
 
 
 @needs("strace")
