@@ -211,6 +211,7 @@ class Recorder:
                 if made is None:
                     return None
             recording.append = journal.append
+            self._folder.streams = len(self._live)
             begin = self._flusher is None
         # Outside the lock: a finalizer that logs may come in between, in a thread that holds the portal's.
         if begin:

@@ -317,7 +317,16 @@ class Client:
         now = monotonic_ns()
         if self._recorder.unseen or now - self._looked_ns > self._look_every_s * 1e9:
             self._looked_ns = now
-            self._recover()
+            try:
+                self._recover()
+            except (
+                StoreUnavailable
+            ) as error:  # a full disk, as a rule: what the log holds can be read all the same
+                warnings.warn(
+                    f"eventrun: what a killed writer left can't be taken in now: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def _recover(self) -> RecoveryReport:
         self._reader().views.drop_if_ahead()

@@ -50,7 +50,11 @@ WRITTEN_SEGMENT_BYTES = (
     16 << 10,
     32 << 10,
 )  # the same where segments lie in memory, besides their file or alone
+SPREAD_BYTES = 256 << 20  # all streams' segments together, about; so with many streams they stay small
+ROOM_SHARE = 8  # no file takes more than an eighth of what the disk has left
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
+LARGE_ARENA_BYTES = 32 << 20  # the same when there are many
+MANY_ARENAS = 16  # each takes a descriptor
 WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
 SPARE_BYTES = 1 << 20  # of the disk, left to the log and to everybody else
@@ -295,6 +299,7 @@ class JournalFolder:
         self.unsaved: set[Segment] = set()  # with events that should be in a file and aren't
         self.memory_bytes = 0
         self.dropped_events = 0
+        self.streams = 0  # that share the folder
         self._arenas: list[Arena] = []
         self._numbers = itertools.count(1)
         self._descriptor: int | None = None
@@ -327,7 +332,8 @@ class JournalFolder:
         try:
             if self._descriptor is not None or self._open():
                 least = self.size_for(stream, item_bytes, 0)
-                return self._in_arena(self.size_for(stream, item_bytes, previous), least)
+                size = self.size_for(stream, item_bytes, previous)
+                return self._in_arena(self._bounded(size, least) if self.mapped else size, least)
         except OSError as error:
             if not self._abandoned:  # else the writer has just ended, and the folder with it
                 self.note(error)
@@ -354,6 +360,13 @@ class JournalFolder:
     def size_for(self, stream: Stream, item_bytes: int, previous: int) -> int:
         """Choose a segment's size, see `size_for`."""
         return size_for(stream, item_bytes, previous, SEGMENT_BYTES if self.mapped else WRITTEN_SEGMENT_BYTES)
+
+    def _bounded(self, size: int, least: int) -> int:
+        assert self.path is not None
+        most = min(SPREAD_BYTES // max(self.streams, 1), _room(self.path) // ROOM_SHARE)
+        return max(
+            (each for each in (*SEGMENT_BYTES, size) if least <= each <= min(size, most)), default=least
+        )
 
     def note(self, error: OSError) -> None:
         """Remember why events are only in memory, and say so once."""
@@ -404,9 +417,11 @@ class JournalFolder:
         return None
 
     def _new_arena(self, size: int, *, mapped: bool) -> Slot:
-        assert self.path is not None
-        # On a nearly full disk they get smaller and smaller.
-        most = min(ARENA_BYTES, _room(self.path) // 2) if mapped else WRITTEN_ARENA_BYTES
+        most = WRITTEN_ARENA_BYTES
+        if mapped:
+            assert self.path is not None
+            most = ARENA_BYTES if len(self._arenas) < MANY_ARENAS else LARGE_ARENA_BYTES
+            most = min(most, _room(self.path) // ROOM_SHARE)
         slots = max(1, most // size)
         try:
             arena = self._arena(size, slots, mapped=mapped)
