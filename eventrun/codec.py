@@ -485,11 +485,14 @@ def event_from_json(mapping: dict[str, Any]) -> Event:
     kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise InvalidValue(
-            f"{mapping.get('kind')!r} is not a kind of event; kinds are {', '.join(sorted(_KINDS))}"
+            f"{mapping.get('kind')!r} is not a kind of event; kinds are {', '.join(sorted(_KINDS))}. "
+            "If a newer eventrun wrote it: upgrade eventrun"
         )
     unknown = fields.keys() - set(kind.__struct_fields__)
     if unknown:
-        raise InvalidValue(f"{kind.__name__} has no field {min(unknown)!r}")
+        raise InvalidValue(
+            f"{kind.__name__} has no field {min(unknown)!r}; if a newer eventrun wrote it: upgrade eventrun"
+        )
     try:
         made = kind(**{name: from_json(field) for name, field in fields.items()})
         return msgspec.msgpack.decode(_encoder.encode(made), type=kind)  # type: ignore[return-value,unused-ignore]

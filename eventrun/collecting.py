@@ -111,7 +111,11 @@ def _is_named(left: Left, hosts: Collection[str]) -> bool:
 
 async def _follow(store: Store, folder: Path, report: RecoveryReport, *, silent: bool) -> None:
     """Take in what a writer that may be writing has left so far. What isn't whole yet is left for the next time."""
-    streams, _ = segments_in(folder, torn=True)
+    try:
+        streams, _ = segments_in(folder, torn=True)
+    except FormatTooNew as error:
+        report.problems.append(f"{folder.name} is left for the next time: {error}")
+        return
     done: dict[Path, bool] = {}
     intake, total = Intake(store), 0
     for stream, segments in streams.items():

@@ -64,7 +64,14 @@ class StoreUnavailable(StoreError):
 
 
 class FormatTooNew(StoreError):
-    """The store was written by a newer eventrun."""
+    """The store was written by a newer eventrun.
+
+    `where` names the ranges that it concerns, if not all, one text each.
+    """
+
+    def __init__(self, message: str, where: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.where = where
 
 
 class Conflict(StoreError):

@@ -200,7 +200,11 @@ class _Salvage:
         for folder in sorted(journals.iterdir()) if journals.is_dir() else []:
             if not folder.is_dir():
                 continue
-            streams, problems = segments_in(folder)
+            try:
+                streams, problems = segments_in(folder)
+            except FormatTooNew as error:
+                self._problems.append(damage.file(f"journals/{folder.name}", str(error)))
+                continue
             killed = state_of(folder) in ("dead", "damaged") and not has_ended(folder)
             self._problems += [damage.file(f"journals/{folder.name}", problem) for problem in problems]
             for stream, segments in streams.items():

@@ -15,7 +15,7 @@ from eventrun.cli import terminal
 from eventrun.cli.opening import store_folder, store_url
 from eventrun.cli.verbs import Command
 from eventrun.clock import monotonic_ns, time_ns
-from eventrun.errors import EventrunError
+from eventrun.errors import EventrunError, FormatTooNew
 from eventrun.filesystems import file_system
 from eventrun.journal import Held, held, segments_in
 from eventrun.journal.writers import ELSEWHERE, KILLED, SILENT, Left, writers
@@ -216,7 +216,11 @@ def _waiting(url: str, folders: list[Path]) -> dict[str, Held]:
 
 async def _held(store: Store, folder: Path) -> Held:
     total = Held()
-    for stream, segments in segments_in(folder)[0].items():
+    try:
+        streams, _ = segments_in(folder)
+    except FormatTooNew:  # a newer eventrun's; `verify` says so
+        return total
+    for stream, segments in streams.items():
         logged = (await store.tip(stream)).sequence
         for segment in segments:
             total = total.plus(held(segment, logged))

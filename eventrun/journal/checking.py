@@ -10,7 +10,7 @@ from msgspec import Struct, structs
 
 from eventrun import damage
 from eventrun.damage import Damage
-from eventrun.errors import LogDamaged
+from eventrun.errors import FormatTooNew, LogDamaged
 from eventrun.journal.scan import (
     DAMAGED_SUFFIX,
     hold_if_dead,
@@ -98,7 +98,10 @@ def _check(folder: Path) -> JournalReport:
 
 def _look(folder: Path, torn: bool) -> tuple[int, int, list[str]]:
     events = 0
-    streams, problems = segments_in(folder, torn=torn)
+    try:
+        streams, problems = segments_in(folder, torn=torn)
+    except FormatTooNew as error:
+        return 0, 0, [str(error)]
     for segments in streams.values():
         for segment in segments:
             try:

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from zlib import adler32, crc32
 
 from eventrun.codec import Stream
-from eventrun.errors import LogDamaged
+from eventrun.errors import FormatTooNew, LogDamaged
 from eventrun.filesystems import file_system
 from eventrun.journal.segments import (
     CLOSED_NAME,
@@ -188,6 +188,7 @@ def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[
     """Find all segments of a writer by stream, in order of sequence, and the problems of those that can't be read.
 
     A stream whose segments are all empty is there, with an empty list. `torn`: pages may be missing, see `recover`.
+    Raises FormatTooNew.
     """
     streams: dict[Stream, list[Found]] = {}
     problems: list[str] = []
@@ -206,7 +207,7 @@ def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[
 
 
 def _slots(path: Path, problems: list[str], torn: bool) -> Iterator[Found]:
-    size, slots = map(int, f"{path.stem.partition('-')[2]}x0".split("x")[:2])
+    size, slots = map(int, f"{path.stem.split('-')[1]}x0".split("x")[:2])
     with path.open("rb") as file:
         length, whole = os.fstat(file.fileno()).st_size, size * slots
         if length < whole and not torn:  # after a power loss files may be shorter than they were
@@ -235,10 +236,10 @@ def _read_header(path: Path, base: int, size: int, slot: bytes) -> Found:
     magic, writer, first, start, ring, check, length = FIXED.unpack_from(slot, 8)
     at = RING_AT + ring * MARK.size
     subject = slot[at : at + length]
-    if magic != MAGIC or check != crc32(
-        subject, crc32(FIXED.pack(magic, writer, first, start, ring, 0, length))
-    ):
+    if check != crc32(subject, crc32(FIXED.pack(magic, writer, first, start, ring, 0, length))):
         raise LogDamaged("the segment's header fails its checksum")
+    if magic != MAGIC:
+        _refuse(magic)
     (head,) = HEAD.unpack_from(slot, 0)
     points = set()
     for at in range(RING_AT, RING_AT + ring * MARK.size, MARK.size):
@@ -271,6 +272,14 @@ def _header_bytes(slot: bytes) -> Iterator[int]:
     *_, ring, _, length = FIXED.unpack_from(slot, 8)
     place = RING_AT + ring * MARK.size
     yield from range(place, min(place + length, place + SUBJECT_BYTES, len(slot)))
+
+
+def _refuse(magic: bytes) -> NoReturn:
+    # Every format has these fields in this place, as every one has its version in the magic's last byte.
+    version, ours = magic[-1] & 0x7F, MAGIC[-1] & 0x7F
+    if magic[:-1] != MAGIC[:-1] or version <= ours:
+        raise LogDamaged("the segment was written on a machine with another byte order")
+    raise FormatTooNew(f"a journal has format {version}, this eventrun reads up to {ours}: upgrade eventrun")
 
 
 def recover(segment: Found, logged: bytes, logged_count: int, *, torn: bool = False) -> Recovered:

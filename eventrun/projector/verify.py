@@ -73,7 +73,7 @@ class _Verifier:
         while after < self._end:
             try:
                 page = self._log.read(after, limit_bytes=self._pace.page_bytes)
-            except LogDamaged as error:
+            except (FormatTooNew, LogDamaged) as error:
                 after = self._past(after, error)
                 continue
             if not page:
@@ -126,7 +126,7 @@ class _Verifier:
         found = damage.positions(stored.position, stored.last_position, str(error), lost=lost)
         self._problems.append(found)
 
-    def _past(self, after: int, error: LogDamaged) -> int:
+    def _past(self, after: int, error: FormatTooNew | LogDamaged) -> int:
         """Note damage that a read has met, and find where to go on: the last position before the next good batch."""
         found = _of_error(error)
         if found.last is not None and found.last > after:
@@ -156,12 +156,12 @@ class _Verifier:
     def _readable(self, after: int) -> bool:
         try:
             self._log.read(after, limit_bytes=1)
-        except LogDamaged:
+        except (FormatTooNew, LogDamaged):
             return False
         return True
 
 
-def _of_error(error: LogDamaged) -> Damage:
+def _of_error(error: FormatTooNew | LogDamaged) -> Damage:
     """Make damage of an error, which names its positions if it knows them."""
     named = re.fullmatch(r"positions (\d+)\.\.(\d+)", error.where[0]) if error.where else None
     if named is None:

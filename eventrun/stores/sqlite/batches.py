@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from eventrun.codec import NO_DIGEST, Batch, Stream, digest, open_batch
-from eventrun.errors import LogDamaged
+from eventrun.errors import FormatTooNew, LogDamaged
 from eventrun.stores.base import StoredBatch, Tip
 from eventrun.stores.memory import check_expected, check_repeated, fits
 
@@ -274,7 +274,7 @@ def read(raw: sqlite3.Connection, after: int, subject: str | None, limit_bytes: 
                 if subject is None:
                     _check_position(row[0], found[-1].last_position if found else None, after)
                 found.append(_checked(row, subject))
-    except (LogDamaged, sqlite3.DatabaseError):
+    except (FormatTooNew, LogDamaged, sqlite3.DatabaseError):
         # First what is good; the next read, after it, begins with the damage and says so.
         if not found:
             raise
@@ -325,3 +325,5 @@ def _opened(frame: Any, where: str) -> Batch:
         return open_batch(frame if isinstance(frame, bytes) else b"")
     except LogDamaged as error:
         raise LogDamaged(f"{where}: {error}", (where,)) from error
+    except FormatTooNew as error:
+        raise FormatTooNew(f"{where}: {error}", (where,)) from error
