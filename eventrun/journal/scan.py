@@ -207,7 +207,8 @@ def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[
 
 
 def _slots(path: Path, problems: list[str], torn: bool) -> Iterator[Found]:
-    size, slots = map(int, f"{path.stem.split('-')[1]}x0".split("x")[:2])
+    _, _, form = path.stem.partition("-")
+    size, slots = map(int, f"{form.removesuffix('-full')}x0".split("x")[:2])
     with path.open("rb") as file:
         length, whole = os.fstat(file.fileno()).st_size, size * slots
         if length < whole and not torn:  # after a power loss files may be shorter than they were
