@@ -6,6 +6,7 @@ called a network here. There neither mapped files nor SQLite's write-ahead log w
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -39,6 +40,27 @@ def file_system(path: Path, mountinfo: str | None = None) -> FileSystem:
     """Tell what a path lies on, or would lie on. `mountinfo` is the text of /proc/self/mountinfo."""
     kind = _kind(os.path.realpath(path), _mountinfo() if mountinfo is None else mountinfo)
     return FileSystem(kind, kind in MAPPED and hasattr(os, "posix_fallocate"), _is_network(kind))
+
+
+def sync_parents(folder: Path) -> None:
+    """Make a folder's name durable, and those of the folders that lead to it, which may be new as well.
+
+    After a power loss a folder may be gone with all that was synced in it, as long as its own name wasn't. Raises
+    OSError when the disk fails.
+    """
+    try:
+        device = os.stat(folder).st_dev
+        for each in folder.parents:
+            descriptor = os.open(each, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_dev != device:
+                    break
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError as error:  # not ours to read, so not new; or a system that has no such thing
+        if error.errno == errno.EIO:
+            raise
 
 
 def cache_folder(folder: Path) -> Path | None:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from eventrun.clock import monotonic_ns, time_ns
 from eventrun.codec import Stream
 from eventrun.errors import StoreUnavailable
+from eventrun.filesystems import sync_parents
 from eventrun.journal.segments import (
     CLOSED_NAME,
     LOCK_NAME,
@@ -49,13 +50,14 @@ class FragmentFolder(JournalFolder):
         self._retiring: list[Arena] = []  # full, to be renamed after the next sync
         self._beat_ns = _clocks()
         self._new_names = False  # files were made since the last sync
+        self._named = False  # the folder's own name, and its lock, are durable
         self._home: tuple[int, int] | None = None  # of the folder of all journals
 
     def _make_lock(self, path: Path) -> int:
         descriptor = make_locked(path, shared=True)
         self._beat_ns = _clocks()
         self._home = _identity(path.parent)
-        self._new_names = True
+        self._new_names, self._named = True, False
         return descriptor
 
     def _arena(self, size: int, slots: int, *, mapped: bool) -> Arena:
@@ -87,8 +89,12 @@ class FragmentFolder(JournalFolder):
                 os.fsync(arena.descriptor)
             if self._new_names and self.path is not None:
                 self._new_names = False
-                for folder in (self.path, *self.path.parents[:3]):  # the store's own name may be new as well
-                    _sync_folder(folder)
+                if not self._named:
+                    # Without the owner in its lock nobody could tell whether this writer lives.
+                    os.fsync(self._descriptor)
+                    sync_parents(self.path)
+                    self._named = True
+                _sync_folder(self.path)
         except OSError:
             self._retiring, self._new_names = retiring + self._retiring, True
             raise

@@ -252,7 +252,7 @@ class Disk:
             case "sync":
                 self._sync(step)
             case "map":
-                assert step.path.endswith((".arena", "-shm")), (
+                assert step.path.removesuffix(".new").endswith((".arena", "-shm")), (
                     f"{step.path} is mapped: the model knows nothing of it"
                 )
             case "write" if step.path.endswith("/marks"):

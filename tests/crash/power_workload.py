@@ -29,6 +29,7 @@ class Scene:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.store = place / "of" / "a" / "user" / "runs"  # none of which exists
+        self.mapped = True
         self.marks = os.open(place / "marks", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
     def say(self, *words: object) -> None:
@@ -36,7 +37,9 @@ class Scene:
         os.write(self.marks, " ".join(map(str, words)).encode() + b"\n")
 
     def journals(self) -> None:
-        """Tell what the journals hold just now."""
+        """Tell what the journals hold just now, where they are mapped."""
+        if not self.mapped:
+            return
         for path in glob.glob(f"{self.store}/journals/*/*.arena"):
             try:
                 data = Path(path).read_bytes()
@@ -138,7 +141,39 @@ def views(scene: Scene) -> None:
                 client.rebuild().result()
 
 
-SCENARIOS = {each.__name__: each for each in (one_trial, many_trials, killed_writer, two_writers, views)}
+def network(scene: Scene) -> None:
+    """Two processes that leave fragments on a network disk; reads collect them, between and at the end."""
+    from eventrun import filesystems
+    from eventrun.journal import segments
+
+    scene.mapped = False
+    vars(segments)["WRITTEN_ARENA_BYTES"] = 256 << 10  # or each image would have 128 MiB of holes
+    filesystems.MOUNTINFO = scene.place.with_suffix(".mounts")
+    filesystems.MOUNTINFO.write_text(mounts(scene.place))
+    os.environ["XDG_CACHE_HOME"] = str(scene.place.with_suffix(".cache"))
+    children = [_in_child(partial(_log_fragments, scene, name)) for name in "ab"]
+    for child in children:
+        assert os.waitpid(child, 0)[1] == 0
+    with scene.open() as client:
+        client.recovery().result()
+
+
+def mounts(network: Path) -> str:
+    """Make a mount table by which this folder is on a network disk, and all else on one of our own."""
+    return f"1 1 0:1 / / rw - ext4 /dev/sda rw\n2 1 0:2 / {network} rw - nfs4 server:/x rw\n"
+
+
+def _log_fragments(scene: Scene, name: str) -> None:
+    with scene.open() as client:
+        trials = {name: client.trial("crash", name=name)}
+        for done in range(0, 60, 10):
+            scene.log(client, trials, done, done + 10, pad=1500)
+            if done % 20 == 10:
+                client.recovery().result()
+
+
+LOCAL = (one_trial, many_trials, killed_writer, two_writers, views)
+SCENARIOS = {each.__name__: each for each in (*LOCAL, network)}
 
 
 def _settle_often() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import eventrun
+from eventrun import filesystems
 from eventrun.errors import LogDamaged
 from eventrun.projector import Views
 from tests.crash.harness import LONG_S, Table, Tally, compare, copy_store, logged, needs, rounds
 from tests.crash.power import Mark, Step, images, record
-from tests.crash.power_workload import SCENARIOS
+from tests.crash.power_workload import SCENARIOS, mounts
 
 pytestmark = pytest.mark.crash
 
@@ -45,6 +47,8 @@ def recording(place: Path) -> list[Step]:
 
 def check(image: Path, marks: list[Mark], *, views: bool = False) -> Tally:
     """Open what a power cut has left, as a user would; hold it against what the workload had been told by then."""
+    for file in image.rglob("collecting.*"):
+        os.utime(file, (0, 0))  # it takes a while until the machine is there again
     durable = {mark.trial: mark.events for mark in marks if mark.kind == "durable"}
     sent = {mark.trial: mark.events for mark in marks if mark.kind == "sent"}
     with warnings.catch_warnings():
@@ -66,10 +70,18 @@ def check(image: Path, marks: list[Mark], *, views: bool = False) -> Tally:
     return total
 
 
+def on_its_disk(scenario: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the images lie on a network disk, if the scenario did."""
+    if scenario == "network":
+        (place / "mounts").write_text(mounts(place))
+        monkeypatch.setattr(filesystems, "MOUNTINFO", place / "mounts")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+
+
 @needs("strace")
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_power_loss_costs_nothing_that_was_flushed(
-    recording: list[Step], place: Path, table: Table, scenario: str
+    recording: list[Step], place: Path, table: Table, monkeypatch: pytest.MonkeyPatch, scenario: str
 ) -> None:
     """Wherever the power goes, the store opens, and all that a flush had acknowledged is there, in order, once.
 
@@ -77,6 +89,7 @@ def test_a_power_loss_costs_nothing_that_was_flushed(
     """
     times = rounds(15, 300)
     total = Tally()
+    on_its_disk(scenario, place, monkeypatch)
     for image, marks in images(recording, place / "all" / scenario, place, times, random.Random(times)):
         found = check(image, marks, views=scenario == "views")
         assert found.good, (image, found)
@@ -92,6 +105,10 @@ from eventrun.stores.sqlite import connection
 connection.DURABLE[:] = ["PRAGMA synchronous = NORMAL"]
 connection.TO_APPEND[:] = [*connection.DURABLE, *connection.TO_APPEND[1:]]
 """
+FRAGMENTS_NOT_SYNCED = """
+from eventrun.journal.fragments import FragmentFolder
+FragmentFolder.sync = lambda self: None
+"""
 PARENTS_NOT_SYNCED = """
 from eventrun.stores.sqlite import connection
 connection.sync_parents = lambda folder: None
@@ -100,15 +117,22 @@ connection.sync_parents = lambda folder: None
 
 @needs("strace")
 @pytest.mark.parametrize(
-    ("broken", "prelude"),
-    [("synchronous = NORMAL", SYNCHRONOUS_NORMAL), ("new parent folders not synced", PARENTS_NOT_SYNCED)],
+    ("broken", "scenario", "prelude"),
+    [
+        ("synchronous = NORMAL", "one_trial", SYNCHRONOUS_NORMAL),
+        ("new parent folders not synced", "one_trial", PARENTS_NOT_SYNCED),
+        ("fragments on a network disk not synced", "network", FRAGMENTS_NOT_SYNCED),
+    ],
 )
-def test_a_sync_that_is_left_out_is_caught(place: Path, table: Table, broken: str, prelude: str) -> None:
+def test_a_sync_that_is_left_out_is_caught(
+    place: Path, table: Table, monkeypatch: pytest.MonkeyPatch, broken: str, scenario: str, prelude: str
+) -> None:
     """The test above can fail: without these syncs a power loss takes what a flush had acknowledged."""
     root, times = place / re.sub(r"\W", "", broken), rounds(20, 300)
-    steps = record([sys.executable], root, ["one_trial"], prelude)
+    steps = record([sys.executable], root, [scenario], prelude)
+    on_its_disk(scenario, place, monkeypatch)
     caught = 0
-    for image, marks in images(steps, root / "one_trial", place, times, random.Random(times)):
+    for image, marks in images(steps, root / scenario, place, times, random.Random(times)):
         try:
             caught += not check(image, marks).good
         except LogDamaged:

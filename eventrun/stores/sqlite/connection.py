@@ -5,7 +5,6 @@ A fork is waited for: see `_close_before_fork`.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import clock
 from eventrun.errors import SALVAGE, FormatTooNew, LogDamaged, StoreError, StoreUnavailable
+from eventrun.filesystems import sync_parents
 from eventrun.portal import importing
 from eventrun.stores.sqlite.batches import FORMAT, TOUCH
 from eventrun.stores.sqlite.mark import Mark
@@ -268,7 +268,12 @@ class Log:
                     f"{self.file} holds no log yet: its writer was stopped before the first append"
                 )
             # Before there is a log that others could append to. SQLite syncs the folder, not what leads there.
-            sync_parents(self.file.parent)
+            try:
+                sync_parents(self.file.parent)
+            except OSError as error:
+                raise StoreUnavailable(
+                    f"{self.file.parent}: the disk failed; look at the system's log: {error}"
+                ) from error
             self._set_mode(raw)
             raw.executescript(SCHEMA.read_text("utf-8"))
         elif application != APPLICATION_ID:
@@ -346,26 +351,6 @@ def _use_wal(raw: sqlite3.Connection) -> None:
         raise StoreUnavailable(
             "SQLite can't keep a write-ahead log in this folder (a network disk?): choose one on a local disk"
         )
-
-
-def sync_parents(folder: Path) -> None:
-    """Make a folder's name durable, and those of the folders that lead to it, which may be new as well.
-
-    After a power loss a folder may be gone with all that was synced in it, as long as its own name wasn't.
-    """
-    try:
-        device = os.stat(folder).st_dev
-        for each in folder.parents:
-            descriptor = os.open(each, os.O_RDONLY)
-            try:
-                if os.fstat(descriptor).st_dev != device:
-                    break
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:  # not ours to read, so not new; or a system that has no such thing
-        if error.errno == errno.EIO:
-            raise StoreUnavailable(f"{folder}: the disk failed; look at the system's log: {error}") from error
 
 
 def _identity(file: Path) -> tuple[int, int] | None:
