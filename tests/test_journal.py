@@ -965,7 +965,7 @@ def test_header_damage_is_told(killed: tuple[Path, list[bytes], list[int]]) -> N
 def test_one_changed_byte_in_a_header_costs_nothing(killed: tuple[Path, list[bytes], list[int]]) -> None:
     """Its checksum tells which byte it was: all items are found, and it is told."""
     path, sent, _ = killed
-    file = path / "1-2048.arena"
+    file = path / "1-2048x4.arena"
     whole = file.read_bytes()
     subject = STREAM.subject.encode()
     place = whole.index(subject)
