@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -503,6 +504,7 @@ def test_a_rebuild_that_fails_leaves_the_old_views(lab: Lab, folder: Path) -> No
     with pytest.raises(LogDamaged):
         views.rebuild()
     assert (folder / "views").read_text() == pointer
+    assert len(list(folder.glob("views-*"))) == 1
     views.log = lab.log
     assert metrics_in(views, "one") == 50
     views.rebuild()
@@ -523,6 +525,23 @@ def test_old_generations_go_when_nobody_has_them_open(lab: Lab, folder: Path) ->
     views.rebuild()
     assert not oldest.exists()
     assert len(list(folder.glob("views-*.db"))) == 2
+    views.close()
+
+
+def test_what_a_killed_rebuild_has_left_goes_with_the_next(lab: Lab, folder: Path) -> None:
+    """Nobody points to it, and its number is above the present one's."""
+    fill(lab)
+    views = Views(folder, lab.log)
+    views.catch_up()
+    views.close()
+    [present] = folder.glob("views-*.db")
+    number = int(present.stem.removeprefix("views-"))
+    for ahead in (1, 7):
+        shutil.copy(present, folder / f"views-{number + ahead}.db")
+    views.rebuild()
+    left = sorted(int(file.stem.removeprefix("views-")) for file in folder.glob("views-*.db"))
+    assert left == [number, number + 1]
+    assert metrics_in(views, "one") == 50
     views.close()
 
 

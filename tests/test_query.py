@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from eventrun import damage
 from eventrun.codec import Batch, Item, StoredEvent, Stream
-from eventrun.errors import Ambiguous, InvalidValue, LogDamaged, MissingExtra, NotFound
+from eventrun.errors import Ambiguous, InvalidValue, LogDamaged, MissingExtra, NotFound, StoreUnavailable
 from eventrun.events import (
     ChronoFinished,
     DescriptionSet,
@@ -738,6 +738,19 @@ def test_verify_and_rebuild(lab: Lab) -> None:
     assert lab.reader.verify(views=True).ok
     with opened(inspect=lambda: [damage.positions(27, 30, "are lost")]) as other:
         assert other.reader.verify().problems == (damage.positions(27, 30, "are lost"),)
+
+
+def test_a_rebuild_that_stays_in_memory_is_no_success(lab: Lab, tmp_path: Path) -> None:
+    """Where views can't be stored, a rebuild says so; reads fold in memory and go on."""
+    record_five(lab)
+    log = lab.reader.views.log
+    reader = Reader(tmp_path / "not there", read=log.read, end=log.end)
+    before = len(everything(reader.trials))
+    for trial in (None, "a"):
+        with pytest.raises(StoreUnavailable, match="nothing was made anew"):
+            reader.rebuild(trial)
+    assert len(everything(reader.trials)) == before == 5
+    reader.close()
 
 
 def test_a_projection_of_ones_own_is_asked(lab: Lab) -> None:

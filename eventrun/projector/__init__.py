@@ -239,12 +239,15 @@ class Views:
         if place is None:
             return self._catch_up_all(self._open())
         with place.lock():
-            self._generation, self._db = place.create()
+            place.remove_unfinished()
+            made, self._db = place.create()
+            self._generation = made
             try:
                 position = self._catch_up_all(self._db)
-                place.point_to(self._generation)
+                place.point_to(made)
             except BaseException:
                 self.close()  # nobody points to it: the next read opens the one before
+                place.remove(made.number)
                 raise
         return position
 

@@ -119,7 +119,7 @@ class Place:
         keep = generation.number if before is None else min(before.number, generation.number)
         for number in self._numbers():
             if number < keep:
-                self._remove(number)
+                self.remove(number)
 
     def _file(self, number: int) -> Path:
         return self.folder.resolve() / f"views-{number}.db"
@@ -130,7 +130,14 @@ class Place:
         ]
         return [int(text) for text in texts if text.isdecimal()]
 
-    def _remove(self, number: int) -> None:
+    def remove_unfinished(self) -> None:
+        """Remove what a killed rebuild has left. Only with the lock: others may just be making theirs."""
+        newest = self.current()
+        for number in self._numbers():
+            if newest is not None and number > newest.number:
+                self.remove(number)
+
+    def remove(self, number: int) -> None:
         """Remove an old generation unless somebody has it open, or it is none."""
         import sqlite3
 

@@ -15,6 +15,7 @@ import msgspec
 from eventrun import damage
 from eventrun.codec import ChainChecker, StoredEvent
 from eventrun.damage import Damage
+from eventrun.errors import StoreUnavailable
 from eventrun.events import trial_subject
 from eventrun.journal import JournalReport
 from eventrun.pending import Page
@@ -72,6 +73,7 @@ class Reader(Reads):
     ) -> None:
         views = Views(folder, Log(read, end), projections, gentle=gentle, snapshot_every=snapshot_every)
         super().__init__(views)
+        self._folder = folder
         self._inspect = inspect
         self._journals = journals
         self._pasts: dict[Cut, Past] = {}
@@ -111,8 +113,17 @@ class Reader(Reads):
         return past
 
     def rebuild(self, trial: str | None = None) -> int:
-        """Make all views anew from the log, or those of one trial, and return the position reached."""
-        return self.views.rebuild(None if trial is None else self._resolve(trial, True))
+        """Make all views anew from the log, or those of one trial, and return the position reached.
+
+        Raises StoreUnavailable where they can't be stored: this process has them then, in memory, and nobody else.
+        """
+        position = self.views.rebuild(None if trial is None else self._resolve(trial, True))
+        if self._folder is not None and self.views.in_memory:
+            raise StoreUnavailable(
+                f"{self._folder} can't be written, so nothing was made anew there; reads fold the log in memory: "
+                "make room, or have somebody rebuild who may write"
+            )
+        return position
 
     def verify(self, *, views: bool = False) -> VerifyReport:
         """Read the whole log and the journals and check them; with `views`, also fold the log anew and compare."""
