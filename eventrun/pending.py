@@ -94,10 +94,13 @@ class Pending(Generic[T]):
         """Wait for the answer, at most `timeout` seconds.
 
         Raises TimeoutError when it takes longer; the work goes on. Works on any thread, also inside a running
-        event loop (a notebook), which it then holds up; on eventrun's own threads it would wait for itself and raises.
+        event loop (a notebook), which it then holds up; on eventrun's own threads it would wait for itself and raises,
+        and so it does in a finalizer that is called when the interpreter has stopped all other threads.
         """
         if self._on_worker is not None and self._on_worker() and not self.answer.done():
             raise RuntimeError("result() on eventrun's own thread would wait for itself: use await there")
+        if sys.is_finalizing() and not self.answer.done():
+            raise RuntimeError("the interpreter has shut down the threads that would answer")
         return self.answer.wait(timeout)
 
     def __await__(self) -> Generator[Any, Any, T]:

@@ -7,6 +7,7 @@ all, doesn't hold back the log; and folding, which is Python work, never delays 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -120,7 +121,7 @@ class Portal:
         if (loop := self._loop) is None:
             _prepare_for_forks()
             made = _Loop()
-            made.thread.start()
+            _start(made.thread)
             loop = self._loop = self._loop or made
             if loop is not made:  # a signal handler that logs was faster
                 made.put(None)
@@ -129,7 +130,7 @@ class Portal:
     def _running_reader(self) -> _Reader:
         if (reader := self._reader) is None:
             made = _Reader()
-            made.thread.start()
+            _start(made.thread)
             reader = self._reader = self._reader or made
             if reader is not made:
                 made.put(None)
@@ -220,6 +221,14 @@ class _Reader:
             del job  # or the last answer would be kept alive until the next question
 
 
+def _start(thread: threading.Thread) -> None:
+    if (
+        sys.is_finalizing()
+    ):  # up to Python 3.11 it would be waited for in vain; from 3.12 on this is the error there too
+        raise RuntimeError("can't start a thread at interpreter shutdown")
+    thread.start()
+
+
 def _joined(thread: threading.Thread, seconds: float | None) -> bool:
     thread.join(seconds)
     return not thread.is_alive()
@@ -238,7 +247,7 @@ def aside(function: Callable[[], T]) -> Pending[T]:
             answer.set(result)
 
     try:
-        threading.Thread(target=work, name="eventrun-aside", daemon=True).start()
+        _start(threading.Thread(target=work, name="eventrun-aside", daemon=True))
     except RuntimeError:
         work()
     return Pending(answer)

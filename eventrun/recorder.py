@@ -28,7 +28,7 @@ from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, new_
 from eventrun.journal.segments import Segment
 from eventrun.pending import Pending
 from eventrun.portal import Portal
-from eventrun.recovery import RecoveryReport, recover_dead_writers
+from eventrun.recovery import RecoveryReport, recover_dead_writers, say_end
 from eventrun.stores.base import Store
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ RESIDENT_BYTES = 64 << 20  # about the most that mapped journals take of this pr
 # packed, SQLite's cache, and what Python doesn't give back at once. Where no file can be written, MEMORY_BYTES more.
 RECORDING_BYTES = 160 << 20
 RETRY_MIN_S, RETRY_MAX_S = 0.1, 5.0
+NO_FINISH = "no finish"  # why a trial is interrupted whose client was closed
 CLOSE_STORE_S = 1.0  # how long closing waits at least for the store's own end
 MAX_OPEN_JOURNALS = 10_000  # above it, streams that are idle give their journal back
 
@@ -132,11 +133,13 @@ class Recorder:
         linger_ms: float = LINGER_MS,
         close_timeout_s: float = CLOSE_TIMEOUT_S,
         forked: Callable[[], object] = lambda: None,
+        running: Callable[[], list[str]] = list,
     ) -> None:
         self.portal = portal
         self.linger_ms = linger_ms
         self.close_timeout_s = close_timeout_s
         self._open_store = open_store
+        self._running = running  # tells the subjects of trials that nobody has ended
         self._on_fork = forked  # tells the client, and gives what of its own must stay referenced
         self._journals = None if folder is None else folder / "journals"
         self._mapped = folder is not None and file_system(folder).mapped
@@ -455,6 +458,7 @@ class Recorder:
                 await self._drain()  # while others may still record
                 self._shut()
                 await self._drain()
+                await self._note_running()
                 done = True
                 while done and self._unsettled_bytes:
                     done = await self._begin_settling()
@@ -463,12 +467,13 @@ class Recorder:
             self._last_error = str(error) or self._last_error or "the store didn't answer in time"
         self._shut()
         left = self.left
+        said_all = done or not self._running()
         if done and not left:
             self._folder.remove()
         else:
             lost = sum(journal.save() for _, journal in self._open_journals())
             self._folder.drop(lost)
-            self._folder.end(complete=not lost)
+            self._folder.end(complete=said_all and not lost)
             self._gave_up = left > 0
             left -= lost
         try:
@@ -479,6 +484,13 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - of the one place: all that matters is done
             self._last_error = str(error) or "the store couldn't be closed in time"
         return left
+
+    async def _note_running(self) -> None:
+        # Those that other threads began while the client ended all others: their own streams take no more.
+        for subject in self._running():
+            stream = Stream(subject, self.writer)
+            await say_end(self.store, stream, self._recordings[subject].recorded, NO_FINISH)
+            self._unsettled_bytes += 1
 
     def _shut(self) -> None:
         self._closed = True

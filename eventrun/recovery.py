@@ -288,6 +288,21 @@ async def _note_end(store: Store, intake: Intake, stream: Stream, last: int) -> 
     return True
 
 
+async def say_end(store: Store, stream: Stream, last: int, reason: str) -> None:
+    """Append to the subject's claim stream that a writer goes: what it can't say in its own stream any more."""
+    claims = Stream(stream.subject, CLAIM_WRITER)
+    while True:
+        tip = await store.tip(claims)
+        now = time_ns()
+        item = encode_item(now, WriterEnded(stream.writer, now, reason, last))
+        batch = seal(claims, tip.sequence + 1, 1, item, now, now, tip.digest)
+        try:
+            await store.append([batch], expected={claims: tip.sequence})
+        except Conflict:
+            continue  # somebody else claimed that sequence meanwhile: look again
+        return
+
+
 async def _noted(store: Store, stream: Stream, position: int) -> bool:
     async for stored in _of_stream(store, Stream(stream.subject, CLAIM_WRITER), position):
         for _, event in items_of(stored.batch):

@@ -255,6 +255,11 @@ class Trial:
             else:
                 self._record(TrialFinished("interrupted", reason, self._seconds()))
 
+    @property
+    def runs(self) -> bool:
+        """Tell whether this handle has begun the trial, or is about to, and not ended it."""
+        return self._started_ns is not None and self._finished is None
+
     def _seconds(self) -> float | None:
         return None if self._started_ns is None else (monotonic_ns() - self._started_ns) / 1e9
 

@@ -390,3 +390,22 @@ def test_a_close_on_another_thread_is_waited_for(store: Path) -> None:
         thread.join(60)
     assert left == [0] * 4
     assert journals(store) == []
+
+
+def test_a_trial_that_begins_while_its_client_closes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that another thread begins when the client has ended all others is interrupted too, not left running."""
+    client = eventrun.open(store, quiet=True)
+    client.trial("p", name="before").log(i=1)
+
+    def meanwhile(seconds: float) -> list[str]:
+        client.trial("p", name="meanwhile").log(i=1)
+        client.trial("p", name="never begun")
+        return []
+
+    monkeypatch.setattr(client, "_unknown", meanwhile)
+    client.close()
+    assert journals(store) == []
+    assert ends(store) == {
+        **dict.fromkeys(["before", "meanwhile"], ("interrupted", "no finish")),
+        "never begun": ("created", None),
+    }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from eventrun.events import GroupCreated, ProjectCreated, group_subject, project
 from eventrun.filesystems import cache_folder, file_system
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal, aside
-from eventrun.recorder import CLOSE_STORE_S, Recorder, Statistics
+from eventrun.recorder import CLOSE_STORE_S, NO_FINISH, Recorder, Statistics
 from eventrun.recovery import RecoveryReport
 from eventrun.stores import open_store
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
@@ -79,6 +80,7 @@ class Client:
             linger_ms=settings.linger_ms,
             close_timeout_s=settings.close_timeout_s,
             forked=self._forked,
+            running=lambda: [trial_subject(t.id) for t in tuple(self._trials.values()) if t.runs],
         )
         self._readers: Reader | None = None
         self._trials: dict[int, Trial] = {}  # handles whose end is this client's business, by id()
@@ -480,6 +482,8 @@ class Client:
         it in. Closing again waits for the first close, if that goes on on another thread, and does nothing else.
         """
         ending = self._ending
+        if sys.is_finalizing():  # nobody can bring anything to the log any more, and the journal keeps it
+            return
         if not ending.claim():
             with self._telling_if_stopped(ending):
                 ending.wait(self.settings.close_timeout_s + CLOSE_STORE_S + STUCK_S)
@@ -507,7 +511,7 @@ class Client:
         def seconds() -> float:
             return max(0.0, (deadline - monotonic_ns()) / 1e9)
 
-        self.interrupt("no finish")
+        self.interrupt(NO_FINISH)
         # What is asked here is answered after a flush, so it may take its part of the time, but not all.
         block = block_for_people(
             self, self._made, quiet=self.settings.quiet, seconds=min(CLOSING_BLOCK_S, seconds() / 4)
@@ -590,6 +594,8 @@ class Client:
     ) -> None:
         import anyio
 
+        if sys.is_finalizing():  # a coroutine that is thrown away
+            return
         # On a daemon thread: after Ctrl-C only the interpreter's exit waits for it, and a second one ends that too.
         closing = aside(self.close)
         # Shielded: a cancelled task group must not cost the last events their way to the log.

@@ -85,11 +85,14 @@ def preload() -> None:
     import sqlite3
 
     import aiosqlite
+    import anyio._backends._asyncio
+    import anyio._backends._trio
+    import trio
 
     import eventrun
     import eventrun.stores.sqlite
 
-    assert all((asyncio, logging, runpy, sqlite3, aiosqlite, eventrun))
+    assert all((asyncio, logging, runpy, sqlite3, aiosqlite, anyio, trio, eventrun))
 
 
 def child(command: list[str], stderr: str | None) -> None:
