@@ -277,12 +277,12 @@ async def _note_end(store: Store, intake: Intake, stream: Stream, last: int) -> 
     """Put a WriterEnded for the subject's claim stream, once after the writer's last event; False: it is there."""
     claims = Stream(stream.subject, CLAIM_WRITER)
     tip = await store.tip(claims)
-    position, last_ns = 0, 0
+    position = 0
     async for stored in _of_stream(store, stream, await _position_of(store, stream, last)):
-        position, last_ns = stored.last_position, stored.batch.header.last_ns
+        position = stored.last_position
     if tip.sequence and await _noted(store, stream, position):
         return False
-    now = max(time_ns(), last_ns)  # its clock may be ahead of ours, and who records later has not ended
+    now = time_ns()
     item = encode_item(now, WriterEnded(stream.writer, now, last=last))
     await intake.put(seal(claims, tip.sequence + 1, 1, item, now, now, tip.digest), tip.sequence)
     return True

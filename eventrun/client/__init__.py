@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from eventrun import damage, exits
 from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of
 from eventrun.client.ending import Ending, block_for_people, say
+from eventrun.client.lost import as_lost, lost_trials, may_recover
 from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
 from eventrun.codec import Batch, Stream
@@ -88,6 +89,10 @@ class Client:
         self._made: list[str] = []  # for the closing block
         self._known: set[str] = set()  # projects and groups that were recorded
         self._looked_ns = -(1 << 62)
+        self._lost: frozenset[str] = (
+            frozenset()
+        )  # trials that are lost, though this client may not say so in the log
+        self._said: set[str] = set()
         self._look_every_s = (
             COLLECT_EVERY_S if type(self._recorder) is not Recorder else LOOK_FOR_DEAD_WRITERS_S
         )
@@ -207,14 +212,17 @@ class Client:
             "order_by": order_by, "limit": limit,
         }  # fmt: skip
         check_choice({**chosen, "offset": offset})
-        return self._pages(
-            fresh, lambda cursor: self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen), 0
-        )
+
+        def page(cursor: Any) -> Page[TrialState]:
+            found, following = self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen)
+            return [as_lost(state, self._lost) for state in found], following
+
+        return self._pages(fresh, page, 0)
 
     def get(self, trial: TrialLike, *, fresh: bool = True) -> Pending[TrialState]:
         """Ask for one trial by id, unique prefix, name or "@latest". Raises NotFound, Ambiguous."""
         key = key_of(trial)
-        return self._ask(fresh, lambda: self._reader().trial(key, fresh=fresh))
+        return self._ask(fresh, lambda: as_lost(self._reader().trial(key, fresh=fresh), self._lost))
 
     def history(
         self,
@@ -324,13 +332,17 @@ class Client:
             except (
                 StoreUnavailable
             ) as error:  # a full disk, as a rule: what the log holds can be read all the same
-                warnings.warn(
-                    f"eventrun: what a killed writer left can't be taken in now: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                self._say_once(f"what a killed writer left can't be taken in now: {error}")
 
     def _recover(self) -> RecoveryReport:
+        if self.folder is not None and not may_recover(self.folder / "journals"):
+            self._lost = lost_trials(self.folder / "journals")
+            if self._lost:
+                self._say_once(
+                    f"{len(self._lost)} trials of killed writers are lost; the last events that these recorded are in "
+                    f"{self.folder / 'journals'}, and missing here until somebody opens the store who may write to it"
+                )
+            return RecoveryReport()
         self._reader().views.drop_if_ahead()
         report = self._portal.call(self._recorder.recover).result()
         for problem in report.problems:
@@ -338,6 +350,11 @@ class Client:
                 f"eventrun: a killed writer's journal is damaged: {problem}", RuntimeWarning, stacklevel=2
             )
         return report
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"eventrun: {message}", RuntimeWarning, stacklevel=2)
 
     def _reader(self) -> Reader:
         if self._readers is None:
@@ -544,7 +561,9 @@ class Client:
             place = self._journals()
         except TimeoutError:
             left = recorder.left
-        ending.say_left(left, recorder.last_error or "the store didn't answer in time", place)
+        why = recorder.last_error or "the store didn't answer in time"
+        ending.say_left(left, why, place)
+        ending.say_lost(recorder.statistics().dropped, why)
         return not left and recorder.store_closed
 
     def _journals(self) -> Path | None:

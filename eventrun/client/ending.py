@@ -58,6 +58,11 @@ class Ending:
         else:
             say(f"eventrun: {events:,} events are LOST: {why}; no journal could be written either")
 
+    def say_lost(self, events: int, why: str) -> None:
+        """Say how many events neither the log nor a journal holds."""
+        if events:
+            say(f"eventrun: {events:,} events are LOST: {why}; no journal could be written either")
+
 
 def block_for_people(client: Recorded, made: Sequence[str], *, quiet: bool, seconds: float) -> str:
     """Make the closing block if somebody is there to read it, in about `seconds` at most."""

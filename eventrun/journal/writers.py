@@ -84,4 +84,21 @@ def _is_free(path: Path) -> bool:
     descriptor = lock_free(path)
     if descriptor is not None:
         os.close(descriptor)
-    return descriptor is not None
+    return descriptor is not None or (not os.access(path, os.W_OK) and _nobody_holds(path))
+
+
+def _nobody_holds(path: Path) -> bool:
+    """Look at a lock that isn't ours to write: another shared lock on it would be granted."""
+    import fcntl
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)

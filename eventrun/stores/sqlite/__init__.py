@@ -51,7 +51,8 @@ class SqliteStore:
         self.folder: Path = folder.absolute()  # the process may change its directory before the first call
         file = self.folder / "log.db"
         # Writers that were killed before their first batch have left journals and no log: who recovers them makes it.
-        create = create or (not os.path.exists(file) and has_journals(self.folder))
+        if not create and not os.path.exists(file) and has_journals(self.folder):
+            create = os.access(self.folder, os.W_OK | os.X_OK)
         _check_path(self.folder, create)
         logs = self._logs(file, create)
         self._writer, self._reader, self._keeper = map(Courier, logs)
@@ -220,6 +221,10 @@ def _check_path(folder: Path, create: bool) -> None:
                 f"{folder} can't be made: {error.strerror}; choose another path"
             ) from error
     elif not os.path.exists(file):
+        if has_journals(folder):
+            raise StoreUnavailable(
+                f"{folder} has journals of killed writers and no log yet: open it once as a user who may write there"
+            )
         raise StoreUnavailable(f"there is no store in {folder}: nothing was recorded there")
     if os.path.exists(file):
         if not os.access(file, os.R_OK):
