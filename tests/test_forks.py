@@ -303,4 +303,4 @@ def test_a_fork_in_the_middle_of_a_long_job(portal: Portal, tmp_path: Path) -> N
         """,
         tmp_path,
     )
-    assert by_writer(portal, tmp_path) == ([[0, 1], [10, 11]], 1)
+    assert by_writer(portal, tmp_path) == ([[0, 1], [10, 11]], 0)
