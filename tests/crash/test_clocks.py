@@ -138,7 +138,7 @@ def look(store: Path) -> Seen:
 def jumps(chance: random.Random) -> list[str]:
     """Draw settings of the clock: hours forward and back, one time one of the far ends."""
     far = chance.choice([*CLOCKS.values(), "+0"])
-    found = [f"{chance.choice('+-')}{chance.randint(2, 20)}h" for _ in range(4)] + [far, "+9h", "-9h", "+0"]
+    found = [f"{chance.choice('+-')}{chance.randint(2, 20)}h" for _ in range(2)] + [far, "+9h", "-9h", "+0"]
     chance.shuffle(found)
     return found
 
@@ -201,10 +201,9 @@ def test_clocks_far_off(tmp_path: Path, table: Table, year: str) -> None:
     assert not found.reported
     assert not absurd(seen.state.duration_s)
     assert {time.gmtime(stored.time_ns // 10**9).tm_year for stored in seen.logged} == {int(year)}
-    cli = [sys.executable, "-m", "eventrun", "--store", str(tmp_path / "runs")]
-    for verb in (["ls"], ["events"]):
-        shown = subprocess.run([*cli, *verb], capture_output=True, text=True, timeout=LONG_S)
-        assert shown.returncode == 0, shown.stderr
+    ls = [sys.executable, "-m", "eventrun", "--store", str(tmp_path / "runs"), "ls"]
+    shown = subprocess.run(ls, capture_output=True, text=True, timeout=LONG_S)
+    assert shown.returncode == 0, shown.stderr
 
 
 @pytest.mark.parametrize("clock", ["+5h", "-5h"])
@@ -223,7 +222,8 @@ def test_a_killed_writer_is_lost_by_any_clock(tmp_path: Path, table: Table, cloc
 def test_close_waits_no_longer_because_of_a_clock(tmp_path: Path, table: Table, clock: str) -> None:
     """With the log held by another process, close gives up after its time, and the next open takes in what is left."""
     store = tmp_path / "runs"
-    run(tmp_path, ["+0"])
+    with eventrun.open(store, quiet=True) as client:
+        client.trial("clocks", name="before").log(i=0)
     holder = sqlite3.connect(store / "log.db", isolation_level=None)
     try:
         holder.execute("BEGIN IMMEDIATE")
@@ -237,39 +237,27 @@ def test_close_waits_no_longer_because_of_a_clock(tmp_path: Path, table: Table, 
     assert "are not in the log yet" in done.stderr
     with eventrun.open(store, quiet=True) as client:
         counts = sorted(trial.metrics["i"].count for trial in client.trials())
-    table.add(12, f"closed while the clock jumped by {clock}", 1, Tally(3 * EVENTS, sum(counts)))
-    assert counts == [EVENTS, 2 * EVENTS]
+    table.add(12, f"closed while the clock jumped by {clock}", 1, Tally(1 + 2 * EVENTS, sum(counts)))
+    assert counts == [1, 2 * EVENTS]
 
 
-CHRONO_BY_THE_WALL = """
+BY_THE_WALL = """
 import time, eventrun.trial
 eventrun.trial.monotonic_ns = time.time_ns
 """
-TRIAL_BY_THE_WALL = """
-from eventrun.trial import Trial
-Trial._seconds = lambda self: None
-"""
 
 
-def test_durations_by_the_wall_clock_are_caught(tmp_path: Path, table: Table) -> None:
-    """The test above can fail: chronos, and trials, measured by the wall clock take hours, or less than nothing."""
-    settings = ["+0", "+5h", "-5h", "+7h", "-9h"]
-    for name, prelude in {"chrono": CHRONO_BY_THE_WALL, "trial": TRIAL_BY_THE_WALL}.items():
-        place = tmp_path / name
-        place.mkdir()
-        run(place, settings, prelude=prelude)
-        state = look(place / "runs").state
-        chrono = state.chronos["jump"]
-        caught = absurd(chrono.min) or absurd(chrono.max) if name == "chrono" else state.duration_s == 0.0
-        table.caught(12, f"{name} measured by the wall clock", 1, caught)
-        assert caught
-
-
-def test_order_by_the_wall_clock_is_caught(tmp_path: Path, table: Table) -> None:
-    """The test above can fail: events in the order of their times are in another order than they were logged in."""
-    sent = run(tmp_path, ["+0", "+5h", "-5h"])
+def test_what_comes_from_the_wall_clock_is_caught(tmp_path: Path, table: Table) -> None:
+    """The tests above can fail: by the wall clock a trial and a chrono take absurdly long, and the order is another."""
+    sent = run(tmp_path, ["+0", "+5h", "-5h", "-9h", "+7h"], prelude=BY_THE_WALL)
     seen = look(tmp_path / "runs")
+    chrono = seen.state.chronos["jump"]
     by_time = seen._replace(logged=sorted(seen.logged, key=lambda stored: stored.time_ns))
-    caught = not by_time.tally(sent).good
-    table.caught(12, "order by the wall clock", 1, caught)
-    assert caught
+    caught = {
+        "chrono measured by the wall clock": absurd(chrono.min) or absurd(chrono.max),
+        "trial measured by the wall clock": absurd(seen.state.duration_s),
+        "order by the wall clock": not by_time.tally(sent).good,
+    }
+    for broken, found in caught.items():
+        table.caught(12, broken, 1, found)
+    assert all(caught.values()), caught
