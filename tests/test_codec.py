@@ -25,6 +25,7 @@ from eventrun.codec import (
     Header,
     Item,
     Stream,
+    cut_batch,
     decode_envelope,
     decode_items,
     digest,
@@ -42,7 +43,7 @@ from eventrun.codec import (
     to_json,
 )
 from eventrun.errors import FormatTooNew, InvalidType, InvalidValue, LogDamaged, StoreError
-from eventrun.events import EVENT_TYPES, Event, MetricsLogged, ParamsSet, TrialStarted
+from eventrun.events import EVENT_TYPES, Event, MetricsLogged, NoteAdded, ParamsSet, TrialStarted
 from eventrun.testing import batches, chain, events, items, plain_values, scalars
 
 STREAM = Stream("t/a", 2**64 - 1)
@@ -497,3 +498,31 @@ def test_refused_params_name_their_place() -> None:
     raises(InvalidValue, lambda: plain({"a": "\ud800"}, "params"), "params/a")
     raises(InvalidValue, lambda: plain({"\ud800": 1}, "params"), "params")
     raises(InvalidValue, lambda: plain(endless, "params"), "params[0]", "nested")
+
+
+def test_unpacking_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes that claim to be very many are refused before they are unpacked; what is cut off is, too."""
+    payload = b"".join(encode_item(n, NoteAdded("x" * 100)) for n in range(100))
+    batch = seal(STREAM, 1, 100, payload, 0, 99, NO_DIGEST)
+    assert batch.header.codec == codec.ZLIB
+    with pytest.raises(LogDamaged, match="cut off"):
+        payload_of(Batch(batch.header, batch.frame[:-3]))
+    monkeypatch.setattr(codec, "MAX_PAYLOAD_BYTES", len(payload))
+    assert payload_of(batch) == payload
+    monkeypatch.setattr(codec, "MAX_PAYLOAD_BYTES", len(payload) - 1)
+    with pytest.raises(LogDamaged, match=f"more than {len(payload) - 1:,} bytes"):
+        payload_of(batch)
+    envelope = encode_envelope([batch] * 100, codec.ZLIB)
+    with pytest.raises(LogDamaged, match="more than"):
+        decode_envelope(envelope)
+
+
+@given(st.binary(max_size=50))
+def test_a_batch_is_cut_out_of_what_follows_it(rest: bytes) -> None:
+    """Packed or not, it ends where its payload's checksum says, and one that isn't whole is none."""
+    payload = b"".join(encode_item(n, NoteAdded("x" * n)) for n in range(1, 20))
+    for pack in (True, False):
+        batch = seal(STREAM, 1, 19, payload, 0, 99, NO_DIGEST, pack=pack)
+        assert cut_batch(batch.frame + rest) == batch
+        assert cut_batch(batch.frame[:-1]) is None
+        assert cut_batch(batch.frame[:-1] + bytes([batch.frame[-1] ^ 1])) is None
