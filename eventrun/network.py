@@ -20,6 +20,7 @@ from eventrun.recovery import RecoveryReport
 from eventrun.stores.sqlite.network import NetworkStore
 
 SEEN_S = 5.0  # how long a read waits for another process to collect what was recorded here
+OTHERS_S = 1.0  # the same where nothing was recorded here: what others left may be of a moment ago
 SEEN_POLL_S = 0.05
 
 T = TypeVar("T")
@@ -79,7 +80,7 @@ class NetworkRecorder(Recorder):
         if self._journals is None or not isinstance(store, NetworkStore):
             return await super().recover()
         durable = [(Stream(r.subject, self.writer), r.durable) for r in tuple(self._recordings.values())]
-        deadline = asyncio.get_running_loop().time() + SEEN_S
+        begun = asyncio.get_running_loop().time()
         while True:
             unseen, self._unseen = self._unseen, False
             report = await collect_if_free(store, self._journals)
@@ -88,7 +89,8 @@ class NetworkRecorder(Recorder):
                 return report
             if unseen and not await _has_all(store, durable):
                 self._unseen = True
-            if not self._unseen or asyncio.get_running_loop().time() > deadline:
+            wait_s = SEEN_S if self._unseen else OTHERS_S
+            if asyncio.get_running_loop().time() - begun > wait_s or (unseen and not self._unseen):
                 return RecoveryReport()
             await asyncio.sleep(SEEN_POLL_S)
 

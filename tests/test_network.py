@@ -369,6 +369,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_while_another_collects(store: Path, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read while another process has the turn waits a while for it, and then shows what the log has."""
     monkeypatch.setattr(network, "SEEN_S", 0.2)
+    monkeypatch.setattr(network, "OTHERS_S", 0.1)
     monkeypatch.setattr("eventrun.stores.sqlite.network.TURN_WAIT_S", 0.1)
     client = opened()
     client.trial("p", name="a").log(i=0)

@@ -157,8 +157,8 @@ class _WrittenLog(Log):
 
     def _check_turn(self) -> None:
         if not self._turn.held:
-            raise StoreUnavailable(
-                f"{self.file.parent}: another process took the turn, this one was too slow"
+            raise Busy(
+                f"{self.file.parent}: another process is collecting: it took the turn, this one was too slow"
             )
 
     def _set_mode(self, raw: sqlite3.Connection) -> None:
