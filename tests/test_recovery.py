@@ -572,3 +572,61 @@ def test_events_of_a_newer_version(folder: Path, run: Run, writer: Kill) -> None
     assert not older.folder.exists()
     log = run(all_events, store)
     assert {stream: log[stream] for stream in older.sent} == older.sent
+
+
+# seen by others, and what it costs -------------------------------------------------------------------------------
+
+
+def test_a_reader_that_runs_already_sees_it(folder: Path) -> None:
+    """A client that has been reading for a while sees a writer's death without being opened anew."""
+    with eventrun.open(folder, quiet=True) as watcher:
+        assert list(watcher.trials()) == []
+        code = (
+            "import sys, eventrun; t = eventrun.open(sys.argv[1]).trial('p', name='n'); t.log(i=1); input()"
+        )
+        command = [sys.executable, "-c", code, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            while not list(watcher.trials()):
+                time.sleep(0.05)
+            assert watcher.get("n").result(60).status == "running"
+            process.kill()
+        while (status := watcher.get("n").result(60).status) != "lost":
+            assert status == "running"
+            time.sleep(0.05)
+        assert list(watcher.history("n", "i").result(60).values) == [1]
+
+
+class Counting(Wrapped):
+    """A store that counts the bytes of batches that were read."""
+
+    count = 0
+
+    async def read(
+        self, after: int = 0, *, subject: str | None = None, limit_bytes: int = READ_BYTES
+    ) -> list[StoredBatch]:
+        found = await super().read(after, subject=subject, limit_bytes=limit_bytes)
+        self.count += sum(len(stored.batch.frame) for stored in found)
+        return found
+
+
+def test_only_the_end_of_a_long_log_is_read(
+    folder: Path, run: Run, writer: Kill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a journal still has is compared with the log; what lies before it, however long, isn't read."""
+    monkeypatch.setattr(recovery, "FIRST_LOOK", 16)
+    store = Counting(MemoryStore())
+    stream = Stream("t/0", 0xAB)
+    previous = bytes(16)
+    for n in range(2000):  # another writer's long history of the same trial
+        item = encode((n + 1, note(n))) * 50
+        batch = seal(stream, 50 * n + 1, 50, item, n + 1, n + 1, previous, pack=False)
+        previous = digest(batch)
+        run(store.append, [batch])
+    killed = writer(store, 2, 30, 40)
+    killed.kill()
+    assert run(recover_dead_writers, store, folder / "journals").problems == []
+    log = run(all_events, store.inner)
+    assert {each: log[each] for each in killed.sent} == killed.sent
+    assert isinstance(store.inner, MemoryStore)
+    whole = sum(len(stored.batch.frame) for stored in store.inner._log)
+    assert store.count < whole / 20
