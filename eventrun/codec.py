@@ -44,6 +44,7 @@ _items = msgspec.msgpack.Decoder(list[Item])
 # Before msgspec 0.20 its own errors are no ValueErrors.
 _UNREADABLE = (msgspec.MsgspecError, ValueError, TypeError, RecursionError)
 _LAST_SEQUENCE = 2**63 - 1
+_MOST_EVENTS = 2**32 - 1  # of a msgpack array
 _raw_items = msgspec.msgpack.Decoder(list[tuple[int, list[Any]]])
 
 
@@ -185,7 +186,8 @@ def open_batch(frame: bytes) -> Batch:
         _check_version(_version_of(head))
         raise LogDamaged(f"a batch's header is malformed: {error}") from error
     _check_version(header.version)
-    if header.first < 1 or header.count < 1 or header.writer < 0 or header.last > _LAST_SEQUENCE:
+    whole = 1 <= header.count <= _MOST_EVENTS and header.first >= 1 and header.last <= _LAST_SEQUENCE
+    if not whole or header.writer < 0:
         raise LogDamaged(f"a batch's header is malformed: {header}")
     return Batch(header, frame)
 

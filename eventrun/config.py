@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text())
     except OSError as error:
         raise InvalidValue(f"the file {path} can't be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of no day, bytes that are no text
         raise InvalidValue(f"the file {path} is not YAML: {error}") from error
     if found is None:
         return {}

@@ -46,7 +46,7 @@ def read_owner(descriptor: int) -> dict[str, Any]:
     """Read what `owner` gave; {} when there is nothing of the kind."""
     try:
         found = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -121,10 +121,10 @@ def _check_there(url: str) -> None:
 
 def moment(text: str) -> dict[str, int]:
     """Read a position, or a time: ISO 8601 (of this machine's zone if it names none) or nanoseconds since 1970."""
-    if text.isdecimal() and text.isascii():
-        number = int(text)
-        return {"time": number} if number >= SHORTEST_TIME_NS else {"position": number}
     try:
+        if text.isdecimal() and text.isascii():
+            number = int(text)
+            return {"time": number} if number >= SHORTEST_TIME_NS else {"position": number}
         return {"time": round(datetime.fromisoformat(text).astimezone().timestamp() * 1e6) * 1000}
     except (ValueError, OverflowError, OSError) as error:
         raise InvalidValue(

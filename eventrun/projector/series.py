@@ -66,6 +66,8 @@ class Chunk(Struct, frozen=True, array_like=True, gc=False):
     sequences: Column
 
 
+# What decoding may raise although the checksum is right: text that isn't UTF-8, keys that can't be hashed, ...
+_MALFORMED = (msgspec.MsgspecError, ValueError, TypeError, RecursionError)
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Chunk)
 
@@ -90,7 +92,7 @@ def undamaged() -> Iterator[None]:
     """Raise DamagedView for what can't be decoded although its checksum is right."""
     try:
         yield
-    except msgspec.DecodeError as error:
+    except _MALFORMED as error:
         raise DamagedView(f"a stored value is malformed: {error}") from error
 
 
@@ -101,10 +103,11 @@ def encode_chunk(chunk: Chunk) -> bytes:
 
 def decode_chunk(data: bytes) -> Chunk:
     """Read a chunk. Raises DamagedView."""
-    try:
-        return _decoder.decode(without_crc(data))
-    except msgspec.DecodeError as error:
-        raise DamagedView(f"a chunk of a series is malformed: {error}") from error
+    with undamaged():
+        chunk = _decoder.decode(without_crc(data))
+    if not 0 < chunk.count <= CHUNK:
+        raise DamagedView(f"a chunk of a series claims to have {chunk.count} points")
+    return chunk
 
 
 def pack(elements: Sequence[Any]) -> Column:
@@ -157,7 +160,15 @@ def _arithmetic(start: int, step: int, count: int) -> Sequence[int]:
 
 
 def unpack(column: Column, count: int) -> Sequence[Any]:
-    """Give back a column's elements: an array, a range or a list."""
+    """Give back a column's elements: an array, a range or a list. Raises DamagedView."""
+    with undamaged():
+        elements = _unpacked(column, count)
+    if len(elements) != count:
+        raise DamagedView(f"a column has {len(elements)} elements, its chunk {count} points")
+    return elements
+
+
+def _unpacked(column: Column, count: int) -> Sequence[Any]:
     kind = column.kind
     if kind == "d" or kind == "q":
         return to_array(kind, column.data)
