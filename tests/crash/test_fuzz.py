@@ -99,9 +99,10 @@ def changed(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
 
 def ours(decode: Callable[[], object], *errors: type[Exception]) -> None:
     """Run a decoder; errors of ours are an answer."""
+    allowed: tuple[type[Exception], ...] = (EventrunError, *errors)
     try:
         decode()
-    except (EventrunError, *errors):
+    except allowed:
         pass
 
 
