@@ -926,6 +926,39 @@ def test_pages_that_a_power_loss_took(small: None, opened: Open) -> None:
     assert segments_in(path_of(journal))[1]
 
 
+def test_large_slots_are_used_once(small: None, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that would take long to be emptied is not used again; its file goes when all of its slots are spent."""
+    monkeypatch.setattr(segments, "EMPTIED_BYTES", 2048)
+    monkeypatch.setattr(segments, "ARENA_BYTES", 32_768)
+    journal = opened()
+    sent: list[bytes] = []
+    taken: list[Chunk] = []
+    for round_ in range(40):
+        for _ in range(20):
+            sent.append(item(len(sent), 200))
+            journal.append(sent[-1])
+        taken += take_all(journal)
+        if round_ % 3 == 0:
+            journal.release(len(sent))
+            first = first_kept(journal)
+            assert found_in(path_of(journal), first) == (sent[first - 1 :], [])
+    assert joined(taken) == sent
+    journal.release(len(sent))
+    assert len(list(path_of(journal).glob("*.arena"))) <= 3
+
+
+def test_a_large_backlog_takes_few_files(small: None, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more files there are the larger is the next one, since each takes a descriptor."""
+    monkeypatch.setattr(segments, "MANY_ARENAS", (3, 6))
+    monkeypatch.setattr(segments, "LARGE_ARENA_BYTES", (65_536, 1 << 20))
+    for journal in (opened(), opened(mapped=False)):
+        sent = [item(i, 400) for i in range(4000)]
+        log(journal, sent)
+        assert journal._folder.crash_safe
+        assert len(list(path_of(journal).glob("*.arena"))) <= 10
+        assert joined(take_all(journal, 1 << 20)) == sent
+
+
 def test_old_items_never_come_back(small: None, opened: Open) -> None:
     """A slot that is used again is empty before: even with its head and marks damaged no old item is found."""
     journal = opened()

@@ -53,9 +53,10 @@ WRITTEN_SEGMENT_BYTES = (
 SPREAD_BYTES = 256 << 20  # all streams' segments together, about; so with many streams they stay small
 ROOM_SHARE = 8  # no file takes more than an eighth of what the disk has left
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
-LARGE_ARENA_BYTES = 32 << 20  # the same when there are many
-MANY_ARENAS = 16  # each takes a descriptor
-WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there, and each file takes a descriptor
+LARGE_ARENA_BYTES = (32 << 20, 256 << 20)  # of one more file when there are so many:
+MANY_ARENAS = (16, 64)  # each takes a descriptor
+WRITTEN_ARENA_BYTES = 32 << 20  # nothing is allocated beforehand there
+EMPTIED_BYTES = 1 << 20  # larger slots aren't emptied to be used again: that would hold up everybody
 MARK_BYTES = 64 << 10  # how much a damaged byte may cost at most
 SPARE_BYTES = 1 << 20  # of the disk, left to the log and to everybody else
 TRIM_BYTES = 1 << 20  # pages given back at once: 0.1 ms, in which Python stands still
@@ -279,6 +280,10 @@ class Arena:
             return
         head = self.view[base : base + 8].cast("Q")
         head[0] = VACANT
+        if self.slot_bytes > EMPTIED_BYTES:
+            self.trim(base, base + self.slot_bytes)
+            self.spent += 1
+            return
         self.view[base + 8 : base + self.slot_bytes] = bytes(self.slot_bytes - 8)
         head[0] = 0
         self.trim(base, base + self.slot_bytes)
@@ -417,10 +422,10 @@ class JournalFolder:
         return None
 
     def _new_arena(self, size: int, *, mapped: bool) -> Slot:
-        most = WRITTEN_ARENA_BYTES
+        sizes = (ARENA_BYTES if mapped else WRITTEN_ARENA_BYTES, *LARGE_ARENA_BYTES)
+        most = sizes[sum(len(self._arenas) >= many for many in MANY_ARENAS)]
         if mapped:
             assert self.path is not None
-            most = ARENA_BYTES if len(self._arenas) < MANY_ARENAS else LARGE_ARENA_BYTES
             most = min(most, _room(self.path) // ROOM_SHARE)
         slots = max(1, most // size)
         try:
@@ -499,10 +504,10 @@ class JournalFolder:
         if arena.slots > 1:
             arena.empty(place.base)
             last = not any(a.slot_bytes == arena.slot_bytes and a is not arena for a in tuple(self._arenas))
-            if (last and arena.mapped) or not arena.take_all():
+            if (last and not arena.spent) or not arena.take_all():
                 return
-        # Removed as it is: emptying a segment of 32 MiB would hold up everybody. A writer that has just ended has no
-        # arenas any more; a file that can't be removed does no harm: the log has all of it.
+        # A writer that has just ended has no arenas any more; a file that can't be removed does no harm: the log has
+        # all of it.
         with suppress(ValueError):
             self._arenas.remove(arena)
         with suppress(OSError):

@@ -233,7 +233,8 @@ eventrun.trial.Trial.log = lambda self, values, step: log(self, {**values, "pad"
 
 A_FILE_EACH = """
 from eventrun.journal import segments
-segments.ARENA_BYTES = segments.LARGE_ARENA_BYTES = 1
+segments.ARENA_BYTES = 1
+segments.MANY_ARENAS = ()
 """
 
 
