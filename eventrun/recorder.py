@@ -305,6 +305,8 @@ class Recorder:
                 if self._folder.unsaved and since_rescue_s >= RESCUE_S:
                     since_rescue_s = 0.0
                     self._rescue()
+                    if self._unsettled_bytes:  # then what journals hold already can make room
+                        self._begin_settling()
             except Exception as error:  # noqa: BLE001 - of the one place: it is tried again
                 self._last_error = str(error) or repr(error)
 

@@ -563,6 +563,29 @@ def test_memory_is_saved_at_the_end(
     assert left_behind(folder) == []
 
 
+def test_a_full_disk_makes_journals_give_back_what_they_can(
+    make: Make, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When no more journals can be made, the log is settled, and what they hold already makes room: all is crash_safe
+    again on a disk that stays full."""
+    monkeypatch.setattr(segments, "SEGMENT_BYTES", (16 << 10,))
+    monkeypatch.setattr(segments, "ARENA_BYTES", 64 << 10)
+    monkeypatch.setattr(recorder_module, "RESCUE_S", 0.05)
+    monkeypatch.setattr(recorder_module, "UPKEEP_S", 0.01)
+    inner = MemoryStore()
+    recorder = make(Wrapped(inner), linger_ms=1.0)
+    record(recorder, "t/a", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        record(recorder, "t/a", *range(1, 20_000))
+    until(lambda: recorder.statistics().acknowledgement == "crash_safe")
+    record(recorder, "t/a", *range(20_000, 20_100))
+    assert recorder.statistics().acknowledgement == "crash_safe"
+    assert recorder.close().result(LONG) == 0
+    assert recorder.statistics().dropped == 0
+    assert list(logged(inner).values()) == [[note(n) for n in range(20_100)]]
+
+
 def test_no_room_anywhere(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """With neither disk nor memory left a new stream's events are dropped, counted and told of; no call fails."""
     monkeypatch.setattr(segments, "MEMORY_BYTES", 20_000)

@@ -335,14 +335,30 @@ class JournalFolder:
     def in_file(self, stream: Stream, item_bytes: int = 0, previous: int = 0) -> Segment | None:
         """Find a slot of an arena, or None."""
         try:
-            if self._descriptor is not None or self._open():
-                least = self.size_for(stream, item_bytes, 0)
-                size = self.size_for(stream, item_bytes, previous)
-                return self._in_arena(self._bounded(size, least) if self.mapped else size, least)
+            return self._in_file(stream, item_bytes, previous)
         except OSError as error:
             if not self._abandoned:  # else the writer has just ended, and the folder with it
                 self.note(error)
         return None
+
+    def ahead(self, stream: Stream, previous: int) -> Segment | None:
+        """Find a slot before it is needed; None, and nothing is said, when there is none yet."""
+        try:
+            return self._in_file(stream, 0, previous)
+        except OSError:
+            return None
+
+    def _in_file(self, stream: Stream, item_bytes: int, previous: int) -> Segment | None:
+        if self._descriptor is None and not self._open():
+            return None
+        least = self.size_for(stream, item_bytes, 0)
+        size = self.size_for(stream, item_bytes, previous)
+        return self._in_arena(self._bounded(size, least) if self.mapped else size, least)
+
+    def begun(self, segment: Segment) -> None:
+        """Note that events go to a segment now."""
+        if segment.place is None and self.path is not None:
+            self.unsaved.add(segment)
 
     def _open(self) -> bool:
         """Make the folder with its lock, at the first segment; False when there is none to make."""
@@ -476,10 +492,7 @@ class JournalFolder:
                 self._give_back(place)
             return None
         self.memory_bytes += size
-        segment = Segment(memoryview(buffer), 0, size, place)
-        if place is None and self.path is not None:
-            self.unsaved.add(segment)
-        return segment
+        return Segment(memoryview(buffer), 0, size, place)
 
     def unload(self, segment: Segment) -> None:
         """Let go of the memory of a segment that its file, or the log, holds."""

@@ -77,6 +77,7 @@ class Journal:
         self._after = 0  # the sequence after the last one, once it is closed
         self._next: Segment | None = None  # made ahead by the flusher
         segment.begin(stream, first)
+        folder.begun(segment)
         self._enter(segment, min(segment.size, segment.start + MARK_BYTES), (), None, 0)
 
     def append(self, data: bytes) -> None:
@@ -141,6 +142,7 @@ class Journal:
                     self._limit = self._end  # smaller items may still fit, or find room later
                 return False
             following.begin(self.stream, segment.first + count)
+            self._folder.begun(following)
             limit = min(following.size, following.start + max(MARK_BYTES, size))
             if not self._enter(following, limit, full, segment, end):
                 self._folder.release(following)
@@ -316,7 +318,7 @@ class Journal:
         _, segment, end, _, _, _ = self._now()
         if segment is None or self._next is not None or (end - segment.start) * 2 < segment.size:
             return
-        made = self._folder.segment(self.stream, 0, segment.size)
+        made = self._folder.ahead(self.stream, segment.size)
         with self._guard:
             if self._segment is not None and self._next is None:
                 made, self._next = None, made
