@@ -490,6 +490,10 @@ def test_verify_tells_of_a_log_that_is_gone_or_cannot_be_opened(tmp_path: Path, 
         shown = run("--store", str(folder), "events")
         assert (shown.code, shown.out) == (1, "")
         assert "eventrun salvage OUT" in shown.err
+        assert any(
+            "salvage" in problem
+            for problem in run("--store", str(folder), "doctor", "--json").json["problems"]
+        )
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == [
         "journals",
         "log.mark",

@@ -574,6 +574,31 @@ def test_events_of_a_newer_version(folder: Path, run: Run, writer: Kill) -> None
     assert {stream: log[stream] for stream in older.sent} == older.sent
 
 
+class Unsound(Wrapped):
+    """A store that lost its tail and is damaged inside: SQLite has laid older pages over newer ones."""
+
+    async def lost_tail(self) -> tuple[int, int] | None:
+        return 100, 50
+
+    async def check(self) -> list[str]:
+        return ["row 7 is missing from an index"]
+
+
+def test_nothing_is_appended_to_a_log_that_is_damaged_inside(folder: Path, run: Run, writer: Kill) -> None:
+    """Where the end of the log is lost and its inside is damaged, journals stay as they are, and salvage is named."""
+    store = MemoryStore()
+    killed = writer(store, 1)
+    path = killed.kill()
+    left = {file: file.read_bytes() for file in path.iterdir()}
+    end = run(store.end)
+    report = run(recover_dead_writers, Unsound(store), folder / "journals")
+    assert (report.writers, report.events) == (0, 0)
+    assert "row 7 is missing" in report.problems[0]
+    assert "eventrun salvage OUT" in report.problems[0]
+    assert {file: file.read_bytes() for file in path.iterdir()} == left
+    assert run(store.end) == end
+
+
 # seen by others, and what it costs -------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from eventrun.codec import StoredEvent, Stream
 from eventrun.errors import InvalidValue, StoreUnavailable
 from eventrun.events import MetricsLogged, WriterEnded
 from eventrun.salvage import REPORT, SalvageReport, salvage
+from eventrun.stores.sqlite import pages
 from eventrun.stores.sqlite.pages import PAGE_BYTES, RawLog
 from eventrun.testing import chain
 
@@ -261,6 +262,15 @@ def test_a_store_in_use_is_salvaged(tmp_path: Path) -> None:
     with eventrun.open(tmp_path / "runs", quiet=True) as client:
         assert list(client.history("live", "loss").result().values) == [1, 2, 3]
         assert client.verify(views=True).result().ok
+
+
+def test_descriptors_do_not_pile_up(broken: Path) -> None:
+    """What is kept open of a database, for the sake of SQLite's locks, is let go when the file is gone."""
+    before = len(pages._kept)
+    for _ in range(5):
+        with eventrun.open(broken, quiet=True) as client:
+            assert client.verify().result().ok
+    assert len(pages._kept) <= before + 2
 
 
 def test_what_is_refused(whole: Path, tmp_path: Path) -> None:

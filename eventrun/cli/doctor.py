@@ -82,7 +82,7 @@ def _store(url: str, folder: Path | None, problems: list[str]) -> Iterator[Findi
             problems.append(str(error))
         return
     yield "kind", "sqlite", "a folder with an SQLite database"
-    if not (folder / "log.db").exists():
+    if not (folder / "log.db").exists() and not (folder / "log.mark").exists():
         problems.append(
             f"there is no log in {near(folder)}: nothing was recorded there; to make one: eventrun demo"
         )
@@ -106,7 +106,7 @@ def _log(url: str, problems: list[str]) -> Iterator[Finding]:
     if lost is not None:
         problems.append(
             f"the log once went up to position {lost[0]:,} and ends at {lost[1]:,} now: its tail is lost; "
-            "restore log.db from a backup, or go on with what is left"
+            "restore log.db from a backup, save what can be read by `eventrun salvage OUT`, or go on with what is left"
         )
     if newest_ns is not None and newest_ns > time_ns() + CLOCK_SLACK_S * 1e9:
         ahead = duration((newest_ns - time_ns()) / 1e9)
@@ -163,7 +163,7 @@ def _journals(url: str, folder: Path | None, problems: list[str]) -> Iterator[Fi
         if each["state"] == "damaged":
             problems.append(
                 f"{near(journals / each['folder'])} holds what could not be recovered: "
-                "keep a copy of it, then remove it"
+                "`eventrun salvage OUT` saves all that can be read; keep a copy of it, then remove it"
             )
     yield from _advice(url, folder, states, problems)
 

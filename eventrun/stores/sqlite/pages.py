@@ -324,13 +324,16 @@ def _checksum(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]
 # files -----------------------------------------------------------------------------------------------------------
 
 # To close any descriptor of a database drops the locks that SQLite holds in this process (POSIX). So each database
-# that was read here keeps one descriptor until the process ends.
+# that was read here keeps one descriptor as long as the file is there.
 _kept: dict[tuple[int, int], int] = {}
 
 
 def _descriptor(file: Path) -> int:
     """Open a database to read; -1: there is none, or it can't be read."""
     try:
+        for key, descriptor in tuple(_kept.items()):
+            if not os.fstat(descriptor).st_nlink and _kept.pop(key, None) is not None:  # nobody can lock it
+                os.close(descriptor)
         found = file.stat()
         key = found.st_dev, found.st_ino
         if key not in _kept:
