@@ -104,7 +104,7 @@ class Writer(Struct, array_like=True, gc=False):
         """It has recorded something, and nothing since its end was noticed."""
         if self.ended_ns is None or self.last_ns is None:
             return False
-        return self.last <= self.ended_last or self.last_ns <= self.ended_ns
+        return self.last <= self.ended_last if self.ended_last else self.last_ns <= self.ended_ns
 
     @property
     def finished(self) -> bool:
