@@ -19,6 +19,7 @@ import pytest
 import eventrun
 from eventrun.client import Client
 from eventrun.codec import Stream
+from eventrun.errors import InvalidValue
 from eventrun.events import MetricsLogged, TrialCreated
 from eventrun.testing import chain
 
@@ -577,3 +578,46 @@ def test_what_no_journal_holds_is_settled(client: Client, store: Path, tmp_path:
     shutil.copy(store / "log.db", tmp_path / "copy")
     with eventrun.open(tmp_path / "copy", quiet=True, create=False) as copy:
         assert [stored.batch for stored in copy.batches()] == [batch]
+
+
+@pytest.mark.parametrize("named", ["nonsense", "0123", "l" * 16, " "])
+def test_a_malformed_trial_in_the_environment_is_named(
+    named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The error names the variable."""
+    monkeypatch.setenv("EVENTRUN_TRIAL", named)
+    monkeypatch.setenv("EVENTRUN_URL", str(tmp_path))
+    with pytest.raises(InvalidValue, match="EVENTRUN_TRIAL="):
+        eventrun.current_trial()
+
+
+@pytest.mark.parametrize("between", [1, "ab", (1,), (1, 2, 3), ("a", "b"), (float("nan"), 1), (True, 2), {}])
+def test_bounds_that_are_none_are_refused_at_the_call(between: Any) -> None:
+    with eventrun.open("memory:") as client, pytest.raises(InvalidValue, match="between="):
+        client.history("x", "loss", between=between)
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        2**63,
+        -(2**70),
+        "nonsense",
+        "2025-11-21T12:30",
+        1.5,
+        float("nan"),
+        True,
+        b"x",
+        [1],
+        "0001-01-01T00:00+23:59",
+    ],
+)
+def test_times_that_are_none_are_refused(time: Any) -> None:
+    """A time that can't be one is an InvalidValue, or has nothing before it."""
+    with eventrun.open("memory:") as client:
+        try:
+            assert list(client.at(time=time).trials()) == []
+        except InvalidValue:
+            pass
+        else:
+            assert str(time).startswith("0001")

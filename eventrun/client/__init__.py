@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import damage, exits
-from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of
+from eventrun.client.checks import TrialLike, check_between, check_choice, checked_id, key_of
 from eventrun.client.ending import Ending, block_for_people, say
 from eventrun.client.lost import as_lost, lost_trials, may_recover
 from eventrun.client.past import Past
@@ -236,6 +236,7 @@ class Client:
         """Ask for all points of one metric, or at most about `points` that keep extremes and ends. Raises NotFound."""
         key = key_of(trial)
         check_choice({"metric": metric, "points": points})
+        check_between(between)
         return self._ask(
             fresh, lambda: self._reader().history(key, metric, points=points, between=between, fresh=fresh)
         )
@@ -663,6 +664,7 @@ def current_trial() -> Trial | None:
     named = os.environ.get("EVENTRUN_TRIAL")
     if trial is not None or not named:
         return trial
+    checked_id(named, "EVENTRUN_TRIAL=")
     url = load_settings().url
     if url not in _default:
         _default[url] = open(url)

@@ -38,11 +38,26 @@ def check_choice(chosen: dict[str, Any]) -> None:
             checked_text(value, name)
 
 
-def checked_id(trial_id: Any) -> str:
-    """Return a trial's whole id. Raises InvalidValue."""
+def check_between(between: Any) -> None:
+    """Refuse what is no pair of bounds; each is a number, or None: open. Raises InvalidValue."""
+    if between is None:
+        return
+    pair = isinstance(between, (tuple, list)) and len(between) == 2
+    if not pair or not all(bound is None or _is_number(bound) for bound in between):
+        raise InvalidValue(
+            f"between={between!r}: give two steps, the first and the last, or None for no bound"
+        )
+
+
+def _is_number(bound: Any) -> bool:
+    return isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound == bound
+
+
+def checked_id(trial_id: Any, what: str = "resume=") -> str:
+    """Return a trial's whole id. Raises InvalidValue, which begins with `what`."""
     if not isinstance(trial_id, str) or len(trial_id) != ID_LENGTH or not set(trial_id) <= set(ID_ALPHABET):
         raise InvalidValue(
-            f"resume={trial_id!r} is not a trial's id ({ID_LENGTH} letters and digits); "
+            f"{what}{trial_id!r} is not a trial's id ({ID_LENGTH} letters and digits); "
             "`(await client.get(name)).id` finds it by name or prefix"
         )
     return trial_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from eventrun.client.checks import TrialLike, check_choice, key_of
+from eventrun.client.checks import TrialLike, check_between, check_choice, key_of
 from eventrun.pending import Pending, Query
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Past:
     ) -> Pending[Series]:
         """Ask for the points of one metric, as `Client.history`."""
         key = key_of(trial)
+        check_choice({"metric": metric, "points": points})
+        check_between(between)
         return self._client._ask(
             True, lambda: self._at().history(key, metric, points=points, between=between)
         )

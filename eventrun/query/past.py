@@ -46,6 +46,8 @@ def cut_at(position: int | None, time: Any) -> Cut:
 
 def _nanoseconds(time: Any) -> int:
     if isinstance(time, int) and not isinstance(time, bool):
+        if not -_LAST <= time <= _LAST:
+            raise InvalidValue("the time is beyond the year 2262: give nanoseconds since 1970")
         return time
     if isinstance(time, str):
         try:
@@ -61,7 +63,8 @@ def _nanoseconds(time: Any) -> int:
             f"time={time.isoformat()!r} has no time zone: add +00:00, or datetime.astimezone()"
         )
     since = time - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 10**9 + since.microseconds * 1_000
+    found = (since.days * 86_400 + since.seconds) * 10**9 + since.microseconds * 1_000
+    return min(max(found, -_LAST), _LAST)
 
 
 class Past(Reads):
