@@ -204,6 +204,26 @@ def test_a_kill_at_each_call_in_a_store_that_is_there(tmp_path: Path, table: Tab
     assert kills
 
 
+WRITTEN = """
+from eventrun import filesystems
+filesystems.MAPPED = frozenset()
+"""
+
+
+@needs("strace")
+@pytest.mark.crash
+def test_a_kill_at_each_call_where_journals_are_written(
+    tmp_path: Path, table: Table, starter: Starter
+) -> None:
+    """Where files can't be mapped, and a log call writes to its journal by system calls, none is a bad moment."""
+    scene = Scene(
+        starter, tmp_path / "written", events=12, flush_every=5, linger_ms=2, item_bytes=3000, prelude=WRITTEN
+    )  # fmt: skip
+    kills, found = sweep_calls(scene, quick=10)
+    table.add(1, "SIGKILL at each call: journals not mapped", kills, found)
+    assert kills
+
+
 def killed_before(starter: Starter, place: Path) -> Scene:
     """Make a store with something in its log and its journals: what a process left that did not close."""
     scene = Scene(
