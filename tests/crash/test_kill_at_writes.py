@@ -294,7 +294,7 @@ def tracing(frame, event, argument):
 threading.settrace(tracing)
 sys.settrace(tracing)
 """
-VISITS = 8
+VISITS = 4
 JOURNAL = ("eventrun/journal/writing.py", "eventrun/journal/segments.py")
 WRITING = (*JOURNAL, "eventrun/recorder.py")
 RECOVERING = ("eventrun/recovery.py", "eventrun/journal/scan.py", "eventrun/journal/segments.py")
