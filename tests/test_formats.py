@@ -16,7 +16,7 @@ import eventrun
 from eventrun import testing
 from eventrun.codec import NO_DIGEST, Batch, Item, Stream, digest, encode_item, seal
 from eventrun.errors import InvalidValue, NotFound
-from eventrun.events import MetricsLogged, TrialCreated
+from eventrun.events import MetricsLogged, TrialCreated, WriterEnded
 from eventrun.formats.events_jsonl import Imported, export_events, import_events
 from eventrun.formats.metrics import export_metrics, utc
 
@@ -282,3 +282,19 @@ def test_metrics_of_a_trial_that_several_writers_log_to(target: eventrun.Client)
         ("abc", "ranked", "2.0"),
     ]
     assert digest(first) != digest(second)
+
+
+def _ended(sequence: int, writer: int, noticed_ns: int) -> str:
+    event = {"kind": "WriterEnded", "writer": writer, "noticed_ns": noticed_ns}
+    return _line(sequence, writer="0" * 16, time_ns=noticed_ns, event=event)
+
+
+def test_an_end_that_others_have_noticed_too_is_no_other_history(target: eventrun.Client) -> None:
+    """Two stores may have noticed the same lost writers, in another order and at other times: the ends are merged."""
+    assert import_events(target, [_line(1), _ended(1, 7, 50), _ended(2, 8, 60)]) == Imported(added=3)
+    elsewhere = [_line(1), _ended(1, 9, 40), _ended(2, 8, 70), _ended(3, 7, 71)]
+    for added in (1, 0):
+        assert import_events(target, elsewhere) == Imported(added=added, known=4 - added)
+    ends = [stored.event for stored in target.events() if isinstance(stored.event, WriterEnded)]
+    assert [(event.writer, event.noticed_ns) for event in ends] == [(7, 50), (8, 60), (9, 40)]
+    assert target.verify().result().ok

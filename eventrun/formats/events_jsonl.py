@@ -29,6 +29,7 @@ from eventrun.codec import (
     seal,
 )
 from eventrun.errors import Conflict, InvalidValue
+from eventrun.events import WriterEnded
 from eventrun.stores.base import Tip
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 1 << 20  # about the most that one batch holds, unpacked
 APPEND_BYTES = 8 << 20  # about the most that is held before it is appended, unpacked
+CLAIMS = 0  # the writer of claim streams
 REPORT_EVENTS = 1000  # how often progress is told
 SUBJECT_KINDS = ("t", "g", "p", "s")
 
@@ -67,6 +69,7 @@ class Line(NamedTuple):
     sequence: int
     item: bytes
     time_ns: int
+    ended: int | None = None  # the writer whose end a claim stream tells
 
 
 def export_events(
@@ -147,7 +150,8 @@ def _read(text: str | bytes) -> Line:
     if not -(2**63) <= time_ns < 2**63:
         raise InvalidValue(f"time_ns is {time_ns}, which is no time")
     event = event_from_json(_field(found, "event", dict))
-    return Line(Stream(_subject(found), number), sequence, encode_item(time_ns, event), time_ns)
+    ended = event.writer if number == CLAIMS and isinstance(event, WriterEnded) else None
+    return Line(Stream(_subject(found), number), sequence, encode_item(time_ns, event), time_ns, ended)
 
 
 def _subject(found: dict[str, Any]) -> str:
@@ -193,6 +197,7 @@ class _Importer:
         self._client = client
         self._tips: dict[Stream, Tip] = {}
         self._known: dict[Stream, _Known] = {}
+        self._ended: dict[Stream, set[int]] = {}
         self._run: _Run | None = None
         self._batches: list[Batch] = []
         self._held = 0
@@ -205,6 +210,13 @@ class _Importer:
             tip = self._tips[stream] = self._client.tip(stream).result()
         run = self._run
         end = run.first + len(run.items) - 1 if run is not None and run.stream == stream else tip.sequence
+        if line.ended is not None:
+            # Another process may have noticed the same end, at another time and beside others.
+            if line.ended in self._ended_in(stream):
+                self.done.known += 1
+                return
+            self._ended[stream].add(line.ended)
+            sequence = end + 1
         if sequence <= end:
             self._compare(line)
             return
@@ -225,6 +237,19 @@ class _Importer:
         run.size += len(line.item)
         if self._held + run.size >= APPEND_BYTES:
             self.append()
+
+    def _ended_in(self, claims: Stream) -> set[int]:
+        """Find the writers whose end is known."""
+        found = self._ended.get(claims)
+        if found is None:
+            found = self._ended[claims] = {
+                event.writer
+                for stored in self._client.batches(subject=claims.subject)
+                if stored.batch.header.stream == claims
+                for _, event in items_of(stored.batch)
+                if isinstance(event, WriterEnded)
+            }
+        return found
 
     def _compare(self, line: Line) -> None:
         known = self._known.get(line.stream)
