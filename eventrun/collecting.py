@@ -21,7 +21,7 @@ from eventrun.codec import Stream
 from eventrun.errors import Conflict, FormatTooNew, LogDamaged, StoreUnavailable
 from eventrun.journal import segments_in
 from eventrun.journal.fragments import FULL_SUFFIX
-from eventrun.journal.scan import Found, lock_free
+from eventrun.journal.scan import Found, lock_free, segments_of
 from eventrun.journal.segments import LOCK_NAME
 from eventrun.journal.writers import (
     CLOSED,
@@ -79,9 +79,11 @@ async def collect_if_free(store: NetworkStore, journals: Path) -> RecoveryReport
 
 def _look(journals: Path) -> list[Left]:
     try:
-        return list(writers(journals, now_ns(journals))) if journals.is_dir() else []
+        found = list(writers(journals, now_ns(journals))) if journals.is_dir() else []
     except OSError as error:
         raise StoreUnavailable(f"{journals} can't be read or written: {error.strerror}") from error
+    # First what was taken from a writer that goes on in a new folder: there its streams continue.
+    return sorted(found, key=lambda left: left.state != TAKEN)
 
 
 # a network disk ------------------------------------------------------------------------------------------------
@@ -116,17 +118,18 @@ async def _follow(store: Store, folder: Path, report: RecoveryReport, *, silent:
     except FormatTooNew as error:
         report.problems.append(f"{folder.name} is left for the next time: {error}")
         return
-    done: dict[Path, bool] = {}
+    left_over: list[Found] = []
     intake, total = Intake(store), 0
     for stream, segments in streams.items():
+        unfinished = segments
         try:
             events, unfinished = await _follow_stream(store, intake, stream, segments)
+            total += events
+        except FileNotFoundError:  # a file that is full has just got another name
+            pass
         except (Conflict, FormatTooNew, LogDamaged, OSError) as error:
             report.problems.append(f"{folder.name}: {error}")
-            events, unfinished = 0, segments
-        total += events
-        for segment in segments:
-            done[segment.path] = done.get(segment.path, True) and segment not in unfinished
+        left_over += unfinished
     try:
         await intake.commit()
     except Conflict as error:
@@ -135,8 +138,28 @@ async def _follow(store: Store, folder: Path, report: RecoveryReport, *, silent:
     report.events += total
     if silent and await note_ends(store, streams):
         report.writers += 1
-    for path in [path for path, whole in done.items() if whole and path.name.endswith(FULL_SUFFIX)]:
-        path.unlink(missing_ok=True)  # its writer has left it, and the log holds all of it
+    _remove_full(folder, {_place_of(each) for segments in streams.values() for each in segments}, left_over)
+
+
+def _remove_full(folder: Path, seen: set[Place], left_over: list[Found]) -> None:
+    """Remove the files that their living writer has left, when the log holds all that is in them."""
+    seen -= {_place_of(segment) for segment in left_over}
+    for path in folder.glob(f"*{FULL_SUFFIX}"):
+        found = segments_of(path)
+        if found is not None and all(_place_of(segment) in seen or _is_empty(segment) for segment in found):
+            path.unlink(missing_ok=True)
+
+
+Place = tuple[Path, int, int]
+
+
+def _place_of(segment: Found) -> Place:
+    """Name a segment by its file, its place there, and its first sequence."""
+    return segment.path, segment.base, segment.first
+
+
+def _is_empty(segment: Found) -> bool:
+    return not segment.points and segment.head[0] == segment.start
 
 
 async def _follow_stream(

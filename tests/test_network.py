@@ -340,6 +340,44 @@ def test_a_writer_whose_folder_was_removed(store: Path, opened: Open, left: str)
     assert folders(store) == []
 
 
+def test_a_collector_that_dies_while_it_takes_a_folder_away(store: Path, opened: Open) -> None:
+    """What it took away is taken in before what its writer wrote to a new folder, even if that has ended by then."""
+    writer, reader = opened(linger_ms=1e8), opened()
+    trial = writer.trial("p", name="a")
+    for i in range(100):
+        trial.log(i=i)
+    writer.flush().result(WAIT_S)
+    (folder,) = folders(store)
+    folder.rename(folder.with_name(folder.name + ".taken"))
+    for i in range(100, 200):
+        trial.log(i=i)
+    writer.close()
+    assert len(folders(store)) == 2
+    assert values(reader, "a") == list(range(200))
+    assert reader.collect().result(WAIT_S).problems == []
+    assert folders(store) == []
+
+
+def test_a_full_file_that_is_damaged_stays(
+    store: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of which not every slot can be read is never removed under its writer."""
+    monkeypatch.setattr(segments, "WRITTEN_ARENA_BYTES", 64 << 10)
+    client = opened(linger_ms=1e8)
+    trial = client.trial("p", name="a")
+    for i in range(8000):
+        trial.log(i=i, step=i)
+        if i > 7997:
+            client.flush().result(WAIT_S)
+    full = sorted(folders(store)[0].glob("*-full.arena"))
+    data = full[0].read_bytes()
+    full[0].write_bytes(data[:20] + bytes([data[20] ^ 1]) + data[21:])
+    client.collect().result(WAIT_S)
+    assert sorted(folders(store)[0].glob("*-full.arena")) == full[:1]
+    full[0].write_bytes(data)
+    assert values(client, "a") == list(range(8000))
+
+
 def test_a_collector_that_dies(store: Path, opened: Open, tmp_path: Path) -> None:
     """One that was killed in the middle of a commit leaves a journal that the next one rolls back."""
     folder = killed(store, tmp_path)

@@ -206,6 +206,16 @@ def segments_in(folder: Path, *, torn: bool = False) -> tuple[dict[Stream, list[
     return streams, problems
 
 
+def segments_of(path: Path) -> list[Found] | None:
+    """Find all segments in one file; None when not all of it can be read."""
+    problems: list[str] = []
+    try:
+        found = list(_slots(path, problems, False))
+    except (OSError, ValueError):
+        return None
+    return None if problems else found
+
+
 def _slots(path: Path, problems: list[str], torn: bool) -> Iterator[Found]:
     _, _, form = path.stem.partition("-")
     size, slots = map(int, f"{form.removesuffix('-full')}x0".split("x")[:2])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import clock
 from eventrun.codec import Batch, Stream
-from eventrun.errors import StoreUnavailable
+from eventrun.errors import LogDamaged, StoreUnavailable
 from eventrun.locks import BEAT_S, Turn
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
 from eventrun.stores.sqlite import SqliteStore
@@ -115,12 +115,13 @@ class NetworkStore(SqliteStore):
         self._open(self._writer)
 
     async def _looking(self, look: Callable[[], Awaitable[T]]) -> T:
-        """Read; when a killed process has left half a commit, or a write-ahead log, have it cleared away first."""
+        """Read; while there is half a commit, or a write-ahead log, wait, or have it cleared away first."""
         deadline = clock.monotonic_ns() + TURN_WAIT_S * 1e9
         while True:
             try:
                 return await look()
-            except StoreUnavailable:
+            except (StoreUnavailable, LogDamaged):
+                # Or, where no lock holds between machines, we have read pages of before and of after a commit.
                 left = any((self.folder / f"log.db-{name}").exists() for name in ("journal", "wal"))
                 if not left or clock.monotonic_ns() > deadline:
                     raise
