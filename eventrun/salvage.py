@@ -161,6 +161,8 @@ class _Salvage:
             runs += self._runs(stream)
         self._problems += self._told.values()
         self._check_positions(runs)
+        if (had := self._raw.cut_off()) is not None:
+            self._problems.append(damage.file("log.db", "is cut off", None, (self._raw.db_bytes, had - 1)))
         counts = self._write(runs)
         if (self._folder / "files").is_dir():
             shutil.copytree(self._folder / "files", self._out / "files")

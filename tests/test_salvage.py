@@ -152,6 +152,10 @@ def test_a_cut_off_file(whole: Path, broken: Path) -> None:
         assert not said(found) - said(expected)
         assert report.lost == len(expected) - len(found)
         assert (report.lost > 0) == bool(report.problems)
+        told = [problem for problem in report.problems if problem.where == "log.db"]
+        assert [(problem.first, problem.last) for problem in told] == (
+            [(size, len(data) - 1)] if size else []
+        )
     (broken / "log.db").unlink()
     report, found = saved(broken, 9)
     assert (found, report.lost) == ([], len(expected))

@@ -87,6 +87,16 @@ class RawLog:
             os.close(self._wal)
             self._wal = -1
 
+    def cut_off(self) -> int | None:
+        """Return how many bytes the database had by its own header, if it has fewer now."""
+        header = _read(self._db, 0, 100)
+        if (
+            len(header) < 100 or header[24:28] != header[92:96]
+        ):  # the count of pages was noted by an old SQLite
+            return None
+        had = int.from_bytes(header[28:32], "big") * self.page_bytes
+        return had if self.db_bytes < had else None
+
     def candidates(self) -> Iterator[Candidate]:
         """Yield each batch that can be found, some more than once."""
         step = READ_BYTES // self.page_bytes * self.page_bytes
