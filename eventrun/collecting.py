@@ -138,16 +138,20 @@ async def _follow(store: Store, folder: Path, report: RecoveryReport, *, silent:
     report.events += total
     if silent and await note_ends(store, streams):
         report.writers += 1
-    _remove_full(folder, {_place_of(each) for segments in streams.values() for each in segments}, left_over)
+    taken = {_place_of(each) for segments in streams.values() for each in segments}
+    report.problems += _remove_full(folder, taken - {_place_of(each) for each in left_over})
 
 
-def _remove_full(folder: Path, seen: set[Place], left_over: list[Found]) -> None:
-    """Remove the files that their living writer has left, when the log holds all that is in them."""
-    seen -= {_place_of(segment) for segment in left_over}
+def _remove_full(folder: Path, taken: set[Place]) -> list[str]:
+    """Remove the files that their living writer has left, when the log holds all that is in them; tell of damage."""
+    problems = []
     for path in folder.glob(f"*{FULL_SUFFIX}"):
         found = segments_of(path)
-        if found is not None and all(_place_of(segment) in seen or _is_empty(segment) for segment in found):
+        if found is None:
+            problems.append(f"{folder.name}: {path.name} can't be read whole, `eventrun verify` tells more")
+        elif all(_place_of(segment) in taken or _is_empty(segment) for segment in found):
             path.unlink(missing_ok=True)
+    return problems
 
 
 Place = tuple[Path, int, int]
