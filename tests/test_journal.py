@@ -119,6 +119,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     """Make segments and the distance of marks so small that few items pass many of them."""
     patch.setattr(segments, "SEGMENT_BYTES", (2048, 4096, 8192))
     patch.setattr(segments, "WRITTEN_SEGMENT_BYTES", (2048, 4096))
+    patch.setattr(segments, "MEMORY_SEGMENT_BYTES", (2048, 4096))
     patch.setattr(segments, "ARENA_BYTES", 8192)
     patch.setattr(segments, "WRITTEN_ARENA_BYTES", 8192)
     patch.setattr(writing, "MARK_BYTES", 256)

@@ -46,10 +46,10 @@ from eventrun.errors import LogDamaged
 from eventrun.locks import owner, try_lock
 
 SEGMENT_BYTES = (16 << 10, 256 << 10, 4 << 20, 32 << 20)  # a stream's first segment, its second, ...
-WRITTEN_SEGMENT_BYTES = (
-    16 << 10,
-    32 << 10,
-)  # the same where segments lie in memory, besides their file or alone
+# The same where segments lie in memory besides their file. Each full one leaves an object of some 600 bytes there.
+WRITTEN_SEGMENT_BYTES = (16 << 10, 32 << 10, 256 << 10, 2 << 20)
+MEMORY_SEGMENT_BYTES = WRITTEN_SEGMENT_BYTES[:2]  # the same where they lie in memory alone
+WRITTEN_SPREAD_BYTES = 32 << 20  # what streams share, see SPREAD_BYTES, of the memory for current segments
 SPREAD_BYTES = 256 << 20  # all streams' segments together, about; so with many streams they stay small
 ROOM_SHARE = 8  # no file takes more than an eighth of what the disk has left
 ARENA_BYTES = 4 << 20  # small segments come from files of this size
@@ -329,7 +329,7 @@ class JournalFolder:
         """Find room for more items of a stream: a slot of an arena, memory, or None when that is full too."""
         # When the disk is full, or gone, memory takes over until it works again.
         return self.in_file(stream, item_bytes, previous) or self._in_memory(
-            size_for(stream, item_bytes, previous, WRITTEN_SEGMENT_BYTES), None
+            size_for(stream, item_bytes, previous, MEMORY_SEGMENT_BYTES), None
         )
 
     def in_file(self, stream: Stream, item_bytes: int = 0, previous: int = 0) -> Segment | None:
@@ -353,7 +353,7 @@ class JournalFolder:
             return None
         least = self.size_for(stream, item_bytes, 0)
         size = self.size_for(stream, item_bytes, previous)
-        return self._in_arena(self._bounded(size, least) if self.mapped else size, least)
+        return self._in_arena(self._bounded(size, least), least)
 
     def begun(self, segment: Segment) -> None:
         """Note that events go to a segment now."""
@@ -383,11 +383,12 @@ class JournalFolder:
         return size_for(stream, item_bytes, previous, SEGMENT_BYTES if self.mapped else WRITTEN_SEGMENT_BYTES)
 
     def _bounded(self, size: int, least: int) -> int:
-        assert self.path is not None
-        most = min(SPREAD_BYTES // max(self.streams, 1), _room(self.path) // ROOM_SHARE)
-        return max(
-            (each for each in (*SEGMENT_BYTES, size) if least <= each <= min(size, most)), default=least
-        )
+        sizes, most = WRITTEN_SEGMENT_BYTES, WRITTEN_SPREAD_BYTES // max(self.streams, 1)
+        if self.mapped:
+            assert self.path is not None
+            sizes = SEGMENT_BYTES
+            most = min(SPREAD_BYTES // max(self.streams, 1), _room(self.path) // ROOM_SHARE)
+        return max((each for each in (*sizes, size) if least <= each <= min(size, most)), default=least)
 
     def note(self, error: OSError) -> None:
         """Remember why events are only in memory, and say so once."""
