@@ -534,6 +534,12 @@ class Recorder:
             RecoveryReport() if self._journals is None else await collect(self.store, self._journals, hosts)
         )
 
+    @property
+    def journals(self) -> Path | None:
+        """The folder of all journals, where it is now if the store was moved while it was open."""
+        place = self._folder.place()
+        return self._journals if place is None else place.parent
+
     def damaged(self) -> list[Path]:
         """Find the folders of killed writers that could not be taken in whole."""
         return [] if self._journals is None else sorted(self._journals.glob("*" + DAMAGED_SUFFIX))

@@ -556,10 +556,11 @@ class Client:
         recorder = self._recorder
         if recorder.untouched:
             return True
+        journals = recorder.journals
         place = self._safe_place()  # of what is not in a file now, none will be if the loop itself hangs
         try:
             left = recorder.close(seconds).result(seconds + CLOSE_STORE_S + STUCK_S)
-            place = self._journals()
+            place = journals
         except TimeoutError:
             left = recorder.left
         why = recorder.last_error or "the store didn't answer in time"
@@ -567,11 +568,10 @@ class Client:
         ending.say_lost(recorder.statistics().dropped, why)
         return not left and recorder.store_closed
 
-    def _journals(self) -> Path | None:
-        return None if self.folder is None else self.folder / "journals"
-
     def _safe_place(self) -> Path | None:
-        return self._journals() if self._recorder.statistics().acknowledgement == "crash_safe" else None
+        return (
+            self._recorder.journals if self._recorder.statistics().acknowledgement == "crash_safe" else None
+        )
 
     def _unknown(self, seconds: float) -> list[str]:
         """Find resumed ids of which the store knows nothing but what was recorded under them here."""

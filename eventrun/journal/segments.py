@@ -531,6 +531,19 @@ class JournalFolder:
         """Sum the sizes of the arenas."""
         return sum(arena.slots * arena.slot_bytes for arena in tuple(self._arenas))
 
+    def place(self) -> Path | None:
+        """Tell where the folder is, should it have been moved; None: nowhere any more, or that can't be told."""
+        descriptor = self._descriptor
+        if self.path is None or descriptor is None:
+            return None
+        if (self.path / LOCK_NAME).exists():
+            return self.path
+        try:
+            now = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        except OSError:
+            return None
+        return now.parent if now.exists() else None
+
     def remove(self) -> None:
         """End the writer: all is in the log, nothing is left to recover."""
         if self.path is not None and self._descriptor is not None:

@@ -351,6 +351,8 @@ def test_a_folder_that_is_renamed_while_it_is_open(tmp_path: Path, table: Table,
         assert not found.doubled
         told = "kept in memory" in said or "LOST" in said
         assert found.good or told, (n, found, said)
+        assert not found.good or "LOST" not in said, (n, found, said)
+        assert end == "killed" or "LOST" in said or f"safe in {moved}" in said, said
         if end == "closed" and not found.good:
             assert int(re.findall(r"([\d,]+) events are LOST", said)[0].replace(",", "")) >= found.lost
         assert not store.exists()
