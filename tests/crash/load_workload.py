@@ -48,6 +48,7 @@ def main() -> None:
     client = eventrun.open(options.store, quiet=True, close_timeout_s=300)
     trials = [client.trial("load", name=f"load-{i}") for i in range(number)]
     print("begun", flush=True)
+    input()  # until the store stalls, if it shall
     begun = time.monotonic()
 
     def work(thread: int) -> None:

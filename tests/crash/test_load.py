@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,10 +100,9 @@ def run(
     with Memory(process.pid) as memory:
         assert process.stdout.readline() == "begun\n"
         base = memory.now()
-        if stall:
-            with stalled(store):
-                said = process.stdout.readline()
-        else:
+        with stalled(store) if stall else nullcontext():
+            process.stdin.write("\n")
+            process.stdin.flush()
             said = process.stdout.readline()
         if not end:
             process.kill()
@@ -129,7 +128,7 @@ def held_against(load: Load, store: Path) -> Tally:
 def test_a_store_that_stalls(tmp_path: Path, table: Table) -> None:
     """While the store stalls at 20,000 calls a second memory stays below its bound, the size and the age of what waits
     are told, nothing is dropped, and all of it is there in the end."""
-    seconds = rounds(5, 60)
+    seconds = rounds(4, 60)
     load = run(
         tmp_path / "runs", tmp_path / "counts", f"--seconds={seconds}", "--per-second=20000", stall=True
     )
@@ -166,7 +165,7 @@ def test_more_than_can_be_taken(tmp_path: Path, table: Table) -> None:
 def test_a_thousand_trials_at_once(tmp_path: Path, table: Table) -> None:
     """1,000 trials of one process under `ulimit -n 1024`, beside a main thread that is busy in Python, with a store
     that stalls or doesn't: all is crash_safe, nothing is dropped, the training can open files of its own."""
-    seconds = rounds(2, 30)
+    seconds = rounds(1, 30)
     total = Tally()
     options = (
         f"--seconds={seconds}",
