@@ -163,6 +163,7 @@ def test_full_files_of_a_living_writer_are_removed(
 ) -> None:
     """A long training doesn't fill the disk twice: what it has left for good, and the log holds, goes."""
     monkeypatch.setattr(segments, "WRITTEN_ARENA_BYTES", 64 << 10)
+    monkeypatch.setattr(segments, "WRITTEN_SEGMENT_BYTES", (16 << 10, 32 << 10))
     client = opened(linger_ms=1e8)
     trial = client.trial("p", name="a")
     for part in range(5):
@@ -363,6 +364,7 @@ def test_a_full_file_that_is_damaged_stays(
 ) -> None:
     """A file of which not every slot can be read is never removed under its writer."""
     monkeypatch.setattr(segments, "WRITTEN_ARENA_BYTES", 64 << 10)
+    monkeypatch.setattr(segments, "WRITTEN_SEGMENT_BYTES", (16 << 10, 32 << 10))
     client = opened(linger_ms=1e8)
     trial = client.trial("p", name="a")
     for i in range(8000):
