@@ -136,7 +136,7 @@ def ends_well(outcome: Outcome, end: str) -> bool:
 # and the growth of the write-ahead file.
 def steps(times: int) -> list[int]:
     if times <= 2:
-        return [1_500_000, 4_500_000][:times]
+        return [4_500_000, 1_500_000][:times]
     last = 14 << 20
     return [step * last // max(times - 1, 1) for step in range(times)]
 
