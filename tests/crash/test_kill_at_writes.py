@@ -301,11 +301,13 @@ RECOVERING = ("eventrun/recovery.py", "eventrun/journal/scan.py", "eventrun/jour
 APPENDING = ("Journal.append", "Journal._turn", "Journal._enter")
 
 
-def at_line(scene: Scene, files: Sequence[str], when: int, instructions: Sequence[str] = ()) -> str:
+def at_line(
+    scene: Scene, files: Sequence[str], when: int, instructions: Sequence[str] = (), visits: int = VISITS
+) -> str:
     """Return a prelude that kills at the `when`-th line of these files; 0: only counts."""
     counter = str(scene.store.with_name("lines"))
     return TRACING.format(
-        counter=counter, when=when, visits=VISITS, files=tuple(files), instructions=tuple(instructions)
+        counter=counter, when=when, visits=visits, files=tuple(files), instructions=tuple(instructions)
     )
 
 
@@ -315,19 +317,22 @@ def count_lines(scene: Scene) -> int:
 
 
 def sweep_lines(
-    scene: Scene, files: Sequence[str], quick: int, instructions: Sequence[str] = ()
+    scene: Scene, files: Sequence[str], quick: int, instructions: Sequence[str] = (), visits: int = VISITS
 ) -> tuple[int, Tally]:
     """Kill at each line of these files, or at so many of them."""
-    assert scene.play(prelude=at_line(scene, files, 0, instructions)) == 0
-    points = sample(count_lines(scene), quick)
-    return sweep(scene, lambda when: scene.play(prelude=at_line(scene, files, when, instructions)), points)
+
+    def play(when: int) -> int:
+        return scene.play(prelude=at_line(scene, files, when, instructions, visits))
+
+    assert play(0) == 0
+    return sweep(scene, play, sample(count_lines(scene), quick))
 
 
 @pytest.mark.crash
 def test_a_kill_at_each_instruction_of_a_log_call(tmp_path: Path, table: Table, starter: Starter) -> None:
     """Within one log call, also one that turns to another segment or passes a mark, no moment is bad for a kill."""
     scene = Scene(starter, tmp_path / "calls", events=5, linger_ms=60_000, item_bytes=20_000, end="exit")
-    kills, found = sweep_lines(scene, JOURNAL, 12, APPENDING)
+    kills, found = sweep_lines(scene, JOURNAL, 12, APPENDING, visits=8)
     table.add(1, "SIGKILL at each instruction of log calls", kills, found)
     assert kills
 
@@ -393,7 +398,7 @@ def test_a_head_stored_at_a_wrong_moment_is_caught(
     scene = Scene(starter, tmp_path / "broken", events=5, linger_ms=60_000, end="exit", prelude=prelude)
 
     def play(when: int) -> int:
-        return scene.play(prelude=at_line(scene, ["broken.py"], when))
+        return scene.play(prelude=at_line(scene, ["broken.py"], when, visits=1000))
 
     assert play(0) == 0
     total = count_lines(scene)
