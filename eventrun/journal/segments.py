@@ -387,7 +387,7 @@ class JournalFolder:
         if self.mapped:
             assert self.path is not None
             sizes = SEGMENT_BYTES
-            most = min(SPREAD_BYTES // max(self.streams, 1), _room(self.path) // ROOM_SHARE)
+            most = min(SPREAD_BYTES // max(self.streams, 1), _room(self.place() or self.path) // ROOM_SHARE)
         return max((each for each in (*sizes, size) if least <= each <= min(size, most)), default=least)
 
     def note(self, error: OSError) -> None:
@@ -443,7 +443,7 @@ class JournalFolder:
         most = sizes[sum(len(self._arenas) >= many for many in MANY_ARENAS)]
         if mapped:
             assert self.path is not None
-            most = min(most, _room(self.path) // ROOM_SHARE)
+            most = min(most, _room(self.place() or self.path) // ROOM_SHARE)
         slots = max(1, most // size)
         try:
             arena = self._arena(size, slots, mapped=mapped)
@@ -457,7 +457,15 @@ class JournalFolder:
 
     def _arena(self, size: int, slots: int, *, mapped: bool) -> Arena:
         assert self.path is not None
-        arena = Arena(self.path / f"{next(self._numbers)}-{size}x{slots}.arena", size, slots, mapped=mapped)
+        name = f"{next(self._numbers)}-{size}x{slots}.arena"
+        try:
+            arena = Arena(self.path / name, size, slots, mapped=mapped)
+        except FileNotFoundError:
+            moved = self.place()
+            if moved is None or moved == self.path:
+                raise
+            # The store has another name by now: there its next reader looks for what this writer left.
+            arena = Arena(moved / name, size, slots, mapped=mapped)
         if self._abandoned:  # the writer has ended meanwhile, and nobody else would remove it
             arena.path.unlink(missing_ok=True)
             with suppress(OSError):  # not empty: it wasn't removed

@@ -362,6 +362,32 @@ def test_a_folder_that_is_renamed_while_it_is_open(tmp_path: Path, table: Table,
 
 
 @pytest.mark.crash
+@pytest.mark.parametrize("kind", ["ext4", "nfs4", *FULL * ["overlay"]])
+def test_a_renamed_folder_has_room_for_more(tmp_path: Path, table: Table, kind: str) -> None:
+    """What fills new files after the renaming is in the renamed folder as well; nothing is called lost."""
+    (tmp_path / "disk").mkdir()
+    store, moved, mounts = tmp_path / "disk" / "runs", tmp_path / "disk" / "moved", tmp_path / "mounts"
+    mounts.write_text(f"1 1 0:1 / / rw - ext4 a rw\n2 1 0:2 / {tmp_path / 'disk'} rw - {kind} x rw\n")
+    prelude = (
+        f"import os, pathlib, eventrun.filesystems as f; f.MOUNTINFO = pathlib.Path({str(mounts)!r}); "
+        "os.environ['EVENTRUN_CLOSE_TIMEOUT_S'] = '1'"
+    )
+    run = Run("moved", tmp_path / "counts")
+    command = run.command(store, pause_s=0.0005, events=3000, item_bytes=5000, prelude=prelude)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_calls(run, process, 300)
+    store.rename(moved)
+    _, said = process.communicate(timeout=LONG_S)
+    assert run.counted()[0][0] == 3000
+    assert "RuntimeWarning" not in said
+    assert f"safe in {moved}" in said
+    found = tally(moved, [run])
+    table.add(13, f"much recorded after the folder was renamed, {kind}", 1, found)
+    assert found.good, (found, said)
+    assert found.recovered == 3000
+
+
+@pytest.mark.crash
 def test_a_folder_that_is_deleted_while_it_is_open(tmp_path: Path) -> None:
     """A flush fails, and the end says how much is lost; nobody makes the folder anew."""
     store = tmp_path / "runs"
