@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import damage, exits
-from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of
+from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of, parsed
 from eventrun.client.ending import Ending, block_for_people, say
 from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from eventrun.codec import StoredEvent
     from eventrun.damage import Damage
     from eventrun.journal import JournalReport
+    from eventrun.filters import Where
     from eventrun.projections import GroupState, Projection, ProjectState, TrialState
     from eventrun.projector import VerifyReport
     from eventrun.query import Reader, Series
@@ -194,19 +195,28 @@ class Client:
         status: str | None = None,
         tag: str | None = None,
         name: str | None = None,
+        where: Where = None,
         order_by: str | None = None,
         limit: int | None = None,
         offset: int = 0,
         fresh: bool = True,
     ) -> Query[TrialState]:
-        """Ask for trials. `order_by`: "created" (the default), "metrics.loss.last", "params.lr", ...; "-" reverses."""
+        """Ask for trials. `where` is a filter, see `eventrun.filters`.
+
+        `order_by`: "created" (the default), "metrics.loss.last", "params.lr", ...; "-" reverses.
+        """
         chosen: dict[str, Any] = {
             "project": project, "group": group, "status": status, "tag": tag, "name": name,
             "order_by": order_by, "limit": limit,
         }  # fmt: skip
         check_choice({**chosen, "offset": offset})
+        condition = parsed(where)
         return self._pages(
-            fresh, lambda cursor: self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen), 0
+            fresh,
+            lambda cursor: self._reader().trials(
+                cursor, where=condition, offset=offset, fresh=fresh, **chosen
+            ),
+            0,
         )
 
     def get(self, trial: TrialLike, *, fresh: bool = True) -> Pending[TrialState]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eventrun.codec import checked_text
 from eventrun.errors import InvalidType, InvalidValue
 from eventrun.trial import ID_ALPHABET, ID_LENGTH
+
+if TYPE_CHECKING:
+    from eventrun.filters import Condition, Where
 
 TrialLike = Any  # a Trial, a TrialState, an id, a unique prefix, a name or "@latest"
 
@@ -36,6 +39,15 @@ def check_choice(chosen: dict[str, Any]) -> None:
             raise InvalidType(f"{name}={value!r} is {type(value).__qualname__}, not text")
         else:
             checked_text(value, name)
+
+
+def parsed(where: Where) -> Condition | None:
+    """Read a filter at the call that gives it. Raises InvalidValue, InvalidType."""
+    if where is None:
+        return None
+    from eventrun.filters import parse
+
+    return parse(where)
 
 
 def checked_id(trial_id: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from eventrun.client.checks import TrialLike, check_choice, key_of
+from eventrun.client.checks import TrialLike, check_choice, key_of, parsed
 from eventrun.pending import Pending, Query
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class Past:
 
     def trials(self, **chosen: Any) -> Query[TrialState]:
         """Ask for trials, as `Client.trials`."""
-        offset = chosen.pop("offset", 0)
-        return self._client._pages(True, lambda cursor: self._at().trials(cursor, offset=offset, **chosen), 0)
+        chosen["where"] = parsed(chosen.get("where"))
+        return self._client._pages(True, lambda cursor: self._at().trials(cursor, **chosen), 0)
 
     def get(self, trial: TrialLike) -> Pending[TrialState]:
         """Ask for one trial, as `Client.get`."""

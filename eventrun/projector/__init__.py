@@ -60,14 +60,25 @@ _DROP_TRIAL = (
     "DELETE FROM series WHERE trial = ?",
     "DELETE FROM snapshots WHERE trial = ?",
     "DELETE FROM folds WHERE trial = ?",
+    "DELETE FROM facts WHERE trial = ?",
+    "DELETE FROM metrics WHERE trial = ?",
     "DELETE FROM trials WHERE number = ?",
 )
 _ANY_FOLD = "SELECT 1 FROM folds LIMIT 1"
 _NUMBER = "SELECT number FROM trials WHERE id = ?"
 _BUILT_IN = (
     """
-    SELECT id, project, grp, name, status, tags, created_ns, events, position, state, until_ns, fold
+    SELECT id, project, grp, name, status, tags, created_ns, events, position, raw_status, error, description,
+    version, attempt, started_ns, finished_ns, modified_ns, duration_s, state, until_ns, fold
     FROM trials JOIN folds ON trial = number ORDER BY id
+    """,
+    """
+    SELECT id, key, facts.number, text, there
+    FROM facts JOIN trials ON trial = trials.number ORDER BY id, key
+    """,
+    """
+    SELECT id, metrics.name, count, last, latest, min, max, mean
+    FROM metrics JOIN trials ON trial = trials.number ORDER BY id, metrics.name
     """,
     """
     SELECT id, series.name, count, open

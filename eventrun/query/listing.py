@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from eventrun.errors import Ambiguous, InvalidValue, NotFound
+from eventrun.filters import Condition, compile_sql, prepare
 from eventrun.projections import TrialState, decode_state
 from eventrun.projector import Views
 from eventrun.projector.catchup import find, tag_text
@@ -64,6 +65,7 @@ class Choice(NamedTuple):
     status: str | None = None
     tag: str | None = None
     name: str | None = None
+    where: Condition | None = None
 
     def checked(self) -> Choice:
         """Return it. Raises InvalidValue for an unknown status."""
@@ -79,17 +81,19 @@ class Choice(NamedTuple):
             and self.status in (None, state.status)
             and self.name in (None, state.name)
             and (self.tag is None or self.tag in state.tags)
-        )
+        )  # `where` is read from other tables than these columns
 
     def sql(self, *more: str) -> str:
         """Give the conditions; the parameters are `bound`."""
         own = [text for field, text in _CONDITIONS.items() if getattr(self, field) is not None]
-        return " AND ".join(filter(None, [*own, *more])) or _ANY
+        where = "" if self.where is None else compile_sql(self.where).text
+        return " AND ".join(filter(None, [*own, where, *more])) or _ANY
 
     def bound(self) -> dict[str, Any]:
         """Give the parameters of `sql`."""
         tag = None if self.tag is None else tag_text([self.tag])
-        return {**self._asdict(), "tag": tag}
+        own = {field: getattr(self, field) for field in _CONDITIONS}
+        return {**own, "tag": tag, **(compile_sql(self.where).bound if self.where is not None else {})}
 
 
 ANY_TRIAL = Choice()
@@ -147,6 +151,7 @@ def _page(
     db: sqlite3.Connection,
 ) -> list[TrialState]:
     """Read a page. Raises DamagedView."""
+    prepare(db)
     bound = {**choice.bound(), "limit": size, "offset": offset, "id": ""}
     more = ""
     if before is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from eventrun.codec import ChainChecker, StoredEvent
 from eventrun.errors import NotFound
 from eventrun.events import group_subject, project_subject, split_subject, trial_subject
+from eventrun.filters import Condition
 from eventrun.pending import Page
 from eventrun.projections import GroupState, ProjectState, SubjectFold, TrialState, group_state, project_state
 from eventrun.projector import Views
@@ -63,6 +64,7 @@ class Reads:
         status: str | None = None,
         tag: str | None = None,
         name: str | None = None,
+        where: Condition | None = None,
         order_by: str | None = None,
         limit: int | None = None,
         offset: int = 0,
@@ -73,7 +75,7 @@ class Reads:
         Raises InvalidValue.
         """
         if isinstance(cursor, int):
-            choice = Choice(project, group, status, tag, name)
+            choice = Choice(project, group, status, tag, name, where)
             cursor = pages(self.views, choice, order_by, limit, offset, fresh)
         return _page(cursor)
 
