@@ -22,12 +22,14 @@ MOST_METRICS = 3  # columns of metrics, unless they are named
 _RANKS = (1, 4, 5)  # of these
 ID_LETTERS = 8  # shown of an id: 40 of its 80 random bits
 
-OF_TRIALS = ("group", "status", "tag", "name", "sort", "limit", "metric")
+OF_TRIALS = ("where", "group", "status", "tag", "name", "sort", "limit", "metric")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=("trials", "groups", "projects"), default="trials",
                         help="what to list (default: trials)")  # fmt: skip
+    parser.add_argument("--where", metavar="FILTER", help="only trials for which this holds, like "
+                        "\"params.lr < 0.1 and 'baseline' in tags\"")  # fmt: skip
     parser.add_argument("--project", help="only those of this project")
     parser.add_argument("--group", help="only trials of this group")
     parser.add_argument("--status", help="only trials that are created, running, suspended, completed, failed, "
@@ -75,7 +77,8 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
         limit = MOST_TRIALS if terminal.cells() is not None and not arguments.json else 0
     query = source.reads.trials(
         project=arguments.project, group=arguments.group, status=arguments.status, tag=arguments.tag,
-        name=arguments.name, order_by=arguments.sort or "-created", limit=limit + 1 if limit else None,
+        name=arguments.name, where=arguments.where, order_by=arguments.sort or "-created",
+        limit=limit + 1 if limit else None,
     )  # fmt: skip
     if arguments.json:
         terminal.show_json([trial.to_dict() for trial in islice(query, limit or None)])
@@ -84,7 +87,7 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
     more = bool(limit) and len(trials) > limit
     trials = trials[:limit] if more else trials
     if not trials:
-        chosen = any(getattr(arguments, name) for name in ("project", "group", "status", "tag", "name"))
+        chosen = any(getattr(arguments, name) for name in ("where", "project", *OF_TRIALS[1:5]))
         terminal.say(
             "no trial is like that; all of them: eventrun ls" if chosen else "the store holds no trial yet"
         )

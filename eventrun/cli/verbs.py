@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Verb]] = {
             "list trials, projects or groups",
             (
                 "eventrun ls --project iris --status failed",
+                "eventrun ls --where \"metrics['val/loss'].last < 0.1 and params.lr in (0.1, 0.01)\"",
                 "eventrun ls --sort -metrics.val/loss.last --limit 5",
                 "eventrun ls groups --json",
             ),

@@ -41,8 +41,8 @@ from eventrun.trial import (
 if TYPE_CHECKING:
     from eventrun.codec import StoredEvent
     from eventrun.damage import Damage
-    from eventrun.journal import JournalReport
     from eventrun.filters import Where
+    from eventrun.journal import JournalReport
     from eventrun.projections import GroupState, Projection, ProjectState, TrialState
     from eventrun.projector import VerifyReport
     from eventrun.query import Reader, Series
