@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eventrun.client import Client, Past, current_trial, open  # noqa: A004 - the documented name
 from eventrun.errors import (
+    AlreadyExists,
     AlreadyFinished,
     Ambiguous,
     Closed,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from eventrun.query import Series
 
 __all__ = [
+    "AlreadyExists",
     "AlreadyFinished",
     "Ambiguous",
     "Chrono",

@@ -4,7 +4,8 @@ Events are stored as arrays that begin with a short tag. They only grow: a new f
 changed meaning gets a new tag and an upcaster in `codec`. An event tells what was called, as it was called; what
 that means for a trial is decided by `projections`.
 
-A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<group>", "p/<project>", "s/<sweep id>".
+A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<group>", "p/<project>", "s/<sweep id>",
+"c/<hash of a configuration>".
 """
 
 from __future__ import annotations
@@ -155,6 +156,12 @@ class WriterEnded(_Event, frozen=True, tag="w."):
     last: int = 0
 
 
+class AttemptClaimed(_Event, frozen=True, tag="c+"):
+    """In a configuration's claim stream, whose n-th event it is: its n-th attempt is this trial."""
+
+    trial: str
+
+
 class Heartbeat(_Event, frozen=True, tag="hb"):
     """The writer lives. `every_s` is when to expect the next one."""
 
@@ -183,6 +190,7 @@ Event = (
     | TableAdded
     | WriterEnded
     | Heartbeat
+    | AttemptClaimed
 )
 EVENT_TYPES: tuple[type[_Event], ...] = get_args(Event)
 
@@ -209,8 +217,13 @@ def project_subject(project: str) -> str:
     return f"p/{quote(project, safe='')}"
 
 
+def configuration_subject(hashed: str) -> str:
+    """Name the stream subject of a configuration."""
+    return f"c/{hashed}"
+
+
 def split_subject(subject: str) -> tuple[str, ...]:
-    """Take a subject apart: ("t", id), ("g", project, group), ("p", project), ("s", id)."""
+    """Take a subject apart: ("t", id), ("g", project, group), ("p", project), ("s", id), ("c", hash)."""
     from urllib.parse import unquote
 
     kind, *names = subject.split("/")

@@ -98,6 +98,7 @@ class Trial:
         self.group = group
         self.name = name
         self.resumed = resumed
+        self.attempt = 1  # the n-th trial of its configuration, see `client.declare`
         self._owner = owner
         self._record = recording.record
         self._recording = recording
@@ -352,12 +353,18 @@ def active_trial() -> Trial | None:
 
 
 def creation_events(
-    trial: Trial, params: Any, tags: Any, metadata: Any, description: str, version: str | None
+    trial: Trial,
+    params: Any,
+    tags: Any,
+    metadata: Any,
+    description: str,
+    version: str | None,
+    attempt: int = 1,
 ) -> list[Event]:
     """Make the events that a new trial begins with; all values are checked before any is recorded."""
     events: list[Event] = [
         TrialCreated(trial.project, trial.group, trial.name, _text(description, "the description"),
-                     None if version is None else _text(version, "the version"))
+                     None if version is None else _text(version, "the version"), attempt)
     ]  # fmt: skip
     if params:
         events.append(ParamsSet(plain(_mapping(params, "params"), "params")))

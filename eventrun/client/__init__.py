@@ -14,15 +14,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import damage, exits
+from eventrun.client import claims
 from eventrun.client.checks import TrialLike, check_choice, checked_id, key_of, parsed
 from eventrun.client.ending import Ending, block_for_people, say
 from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
-from eventrun.codec import Batch, Stream
+from eventrun.codec import Batch, Stream, plain
 from eventrun.config import Settings, load_settings
 from eventrun.errors import Closed, InvalidValue, LogDamaged, NotFound, StoreError, StoreUnavailable
-from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
+from eventrun.events import Event, GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
 from eventrun.filesystems import cache_folder, file_system
+from eventrun.identity import configuration_hash
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal, aside
 from eventrun.recorder import CLOSE_STORE_S, Recorder, Statistics
@@ -135,6 +137,94 @@ class Client:
         else:
             self._resumed.append(trial_id)
         return trial
+
+    def declare(
+        self,
+        project: str,
+        *,
+        group: str = "",
+        name: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        description: str = "",
+        version: str | None = None,
+        if_exists: str = "none",
+    ) -> Pending[Trial | None]:
+        """Begin a trial unless its configuration was declared before, by whomever: one of many processes gets it.
+
+        The configuration is project, group, name, version and params, in any order of keys; types are kept apart.
+        When it exists the answer is None, or with `if_exists="error"` AlreadyExists is raised; "attempt" begins its
+        next attempt. The trial is durable before the answer comes; it is created, and runs when it is started.
+        """
+        if if_exists not in claims.IF_EXISTS:
+            raise InvalidValue(f"if_exists={if_exists!r}: it is one of {', '.join(claims.IF_EXISTS)}")
+        project = checked_name(project, "the project's name")
+        group = checked_name(group, "the group's name") if group else ""
+        named = None if name is None else checked_name(name, "the trial's name")
+        trial_id = new_id()
+        trial = Trial(
+            self, self._recorder.stream(trial_subject(trial_id)), trial_id, project, group,
+            default_name(trial_id) if named is None else named, resumed=False,
+        )  # fmt: skip
+
+        def creation(attempt: int) -> list[Event]:
+            return creation_events(trial, params, tags, metadata, description, version, attempt)
+
+        creation(1)  # what can't be stored fails here, where it was passed
+        hashed = configuration_hash(project, group, named, version, plain(dict(params or {}), "params"))
+        self._check_open()
+
+        def claim() -> Trial | None:
+            attempt = claims.claim_attempt(self._claiming(), hashed, trial_id, if_exists, creation)
+            if attempt is None:
+                return None
+            trial.attempt = attempt
+            self._create_places(project, group)
+            exits.watch(self)
+            self._trials[id(trial)] = trial
+            self._made.append(trial_id)
+            return trial
+
+        return self._portal.read(claim)
+
+    def update_trial(
+        self, where: Where, method: str, /, *arguments: Any, **named: Any
+    ) -> Pending[TrialState]:
+        """Do something to the first trial for which a filter holds, so that of many processes one gets it.
+
+        `method` is that of a trial that records something about it, like `update_trial("status == 'created'",
+        "set_status", "running")`. Gives the trial's state afterwards. Atomic towards other calls of this method and
+        of `release_lost`; what the trial's own process records meanwhile doesn't hinder it. Raises NotFound.
+        """
+        condition = parsed({} if where is None else where)
+        assert condition is not None
+        events = claims.events_of(method, arguments, named)
+        return self._ask(
+            True,
+            lambda: claims.update_first(self._claiming(), self._reader(), condition, lambda _: events),
+        )
+
+    def release_lost(
+        self, *, older_than: float = 0.0, project: str | None = None
+    ) -> Pending[list[TrialState]]:
+        """Give back the trials of workers that are gone: their status becomes "created" again, to be taken anew.
+
+        Those are the lost ones, and of the running ones those that nothing was recorded of for `older_than` seconds
+        (0: none of them; a living trial records a heartbeat every 10 s). Each is given back once, whoever else tries.
+        """
+        if type(older_than) not in (int, float) or not 0 <= older_than < 1e9:
+            raise InvalidValue(f"older_than={older_than!r}: it is a number of seconds from 0 on")
+        check_choice({"project": project})
+        return self._ask(True, lambda: claims.release(self._claiming(), self._reader(), older_than, project))
+
+    def _claiming(self) -> claims.Log:
+        store, wait = self._recorder.store, self._portal.call
+        return claims.Log(
+            lambda batches, expected: wait(store.append, batches, expected).result(),
+            lambda stream: wait(store.tip, stream).result(),
+            self._read_log,
+        )
 
     def _create_places(self, project: str, group: str) -> None:
         for subject, event in (

@@ -11,6 +11,7 @@ from msgspec import Struct, field
 
 from eventrun.codec import StoredEvent
 from eventrun.events import (
+    AttemptClaimed,
     ChartAdded,
     ChronoFinished,
     ChronoStarted,
@@ -84,7 +85,7 @@ class SubjectFold(Struct, array_like=True, gc=False):
                 return self._tell(time_ns, event)
             case (
                 TrialCreated() | TrialStarted() | TrialFinished() | StatusChanged() | ChronoStarted()
-                | ChronoFinished() | MetricsLogged() | ParamsSet() | WriterEnded() | Heartbeat()
+                | ChronoFinished() | MetricsLogged() | ParamsSet() | WriterEnded() | Heartbeat() | AttemptClaimed()
             ):  # fmt: skip
                 return self
 

@@ -10,6 +10,7 @@ from msgspec import Struct, field, structs
 
 from eventrun.codec import StoredEvent
 from eventrun.events import (
+    AttemptClaimed,
     ChartAdded,
     ChronoFinished,
     ChronoStarted,
@@ -274,7 +275,7 @@ def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
             | ChartAdded() | TableAdded() | InputMarked() | OutputMarked()
         ):  # fmt: skip
             return _tell(trial, stored.time_ns, event)
-        case ProjectCreated() | GroupCreated() | Heartbeat():
+        case ProjectCreated() | GroupCreated() | Heartbeat() | AttemptClaimed():
             return trial
 
 
