@@ -26,6 +26,7 @@ from eventrun.errors import (
     StoreUnavailable,
 )
 from eventrun.pending import Pending, Query
+from eventrun.subjects import Group, Project
 from eventrun.trial import Chrono, Trial
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "Damage",
     "EventrunError",
     "FormatTooNew",
+    "Group",
     "InvalidType",
     "InvalidValue",
     "LogDamaged",
@@ -53,6 +55,7 @@ __all__ = [
     "NotFound",
     "Past",
     "Pending",
+    "Project",
     "Projection",
     "Query",
     "Ring",

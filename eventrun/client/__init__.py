@@ -22,7 +22,15 @@ from eventrun.clock import monotonic_ns
 from eventrun.codec import Batch, Stream, plain
 from eventrun.config import Settings, load_settings
 from eventrun.errors import Closed, InvalidValue, LogDamaged, NotFound, StoreError, StoreUnavailable
-from eventrun.events import Event, GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
+from eventrun.events import (
+    Event,
+    GroupCreated,
+    ProjectCreated,
+    TagsAdded,
+    group_subject,
+    project_subject,
+    trial_subject,
+)
 from eventrun.filesystems import cache_folder, file_system
 from eventrun.identity import configuration_hash
 from eventrun.pending import Page, Pending, Query
@@ -31,10 +39,10 @@ from eventrun.recorder import CLOSE_STORE_S, Recorder, Statistics
 from eventrun.recovery import RecoveryReport
 from eventrun.stores import open_store
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
+from eventrun.subjects import Group, Project, Subject, checked_name, tags_of
 from eventrun.trial import (
     Trial,
     active_trial,
-    checked_name,
     creation_events,
     default_name,
     new_id,
@@ -187,6 +195,53 @@ class Client:
             return trial
 
         return self._portal.read(claim)
+
+    def project(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Project:
+        """Give a project to tell something about, created now if need be; what is given here is told at once."""
+        name = checked_name(name, "the project's name")
+        project = Project(name, self._recorder.stream(project_subject(name)).record)
+        self._tell_about(project, name, "", description, tags, metadata)
+        return project
+
+    def group(
+        self,
+        project: str,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Group:
+        """Give a group to tell something about, created now if need be; what is given here is told at once."""
+        project = checked_name(project, "the project's name")
+        name = checked_name(name, "the group's name")
+        group = Group(project, name, self._recorder.stream(group_subject(project, name)).record)
+        self._tell_about(group, project, name, description, tags, metadata)
+        return group
+
+    def _tell_about(
+        self, subject: Subject, project: str, group: str, description: str | None, tags: Any, metadata: Any
+    ) -> None:
+        told: list[Event] = []  # all is checked before any is recorded
+        draft = Project(project, told.append)
+        if description is not None:
+            draft.set_description(description)
+        if tags:
+            draft.record(TagsAdded(tags_of(tags)))
+        if metadata:
+            draft.set_metadata(metadata)
+        self._check_open()
+        self._create_places(project, group)
+        exits.watch(self)
+        for event in told:
+            subject.record(event)
 
     def update_trial(
         self, where: Where, method: str, /, *arguments: Any, **named: Any
