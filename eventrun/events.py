@@ -156,6 +156,20 @@ class WriterEnded(_Event, frozen=True, tag="w."):
     last: int = 0
 
 
+class TrialRenamed(_Event, frozen=True, tag="rn"):
+    name: str
+
+
+class Hidden(_Event, frozen=True, tag="hi"):
+    """A trial, or a project with all its trials, is not to be shown; nothing is removed."""
+
+    reason: str = ""
+
+
+class Restored(_Event, frozen=True, tag="sh"):
+    """What was hidden is to be shown again."""
+
+
 class AttemptClaimed(_Event, frozen=True, tag="c+"):
     """In a configuration's claim stream, whose n-th event it is: its n-th attempt is this trial."""
 
@@ -191,6 +205,9 @@ Event = (
     | WriterEnded
     | Heartbeat
     | AttemptClaimed
+    | TrialRenamed
+    | Hidden
+    | Restored
 )
 EVENT_TYPES: tuple[type[_Event], ...] = get_args(Event)
 

@@ -10,7 +10,17 @@ from typing import Any
 
 from eventrun.codec import checked_text, plain
 from eventrun.errors import InvalidType, InvalidValue
-from eventrun.events import ChartAdded, DescriptionSet, Event, MetadataSet, NoteAdded, TagsAdded, TagsRemoved
+from eventrun.events import (
+    ChartAdded,
+    DescriptionSet,
+    Event,
+    Hidden,
+    MetadataSet,
+    NoteAdded,
+    Restored,
+    TagsAdded,
+    TagsRemoved,
+)
 
 MAX_NAME_BYTES = 10_240  # of a project's, group's or trial's name, as UTF-8
 
@@ -54,6 +64,14 @@ class Subject:
         """Add a Vega or Vega-Lite specification."""
         name = None if name is None else checked_name(name, "a chart's name")
         self.record(ChartAdded(plain(mapping_of(spec, "a chart"), "chart"), name))
+
+    def hide(self, reason: str = "") -> None:
+        """Don't show it any more, a project with all its trials; nothing is removed, and `restore` undoes it."""
+        self.record(Hidden(text_of(reason, "the reason")))
+
+    def restore(self) -> None:
+        """Show it again."""
+        self.record(Restored())
 
 
 class Project(Subject):

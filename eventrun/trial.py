@@ -29,6 +29,7 @@ from eventrun.events import (
     TagsAdded,
     TrialCreated,
     TrialFinished,
+    TrialRenamed,
     TrialStarted,
     WriterEnded,
 )
@@ -181,6 +182,12 @@ class Trial(Subject):
     def add_output(self, ref: Any) -> None:
         """Mark what the trial makes: a text, URI or mapping. Marking the same again changes nothing."""
         self._record(OutputMarked(plain(ref, "output")))
+
+    def rename(self, name: str) -> None:
+        """Give it another name."""
+        name = checked_name(name, "the trial's name")
+        self._record(TrialRenamed(name))
+        self.name = name
 
     # its life -------------------------------------------------------------------------------------------------
 

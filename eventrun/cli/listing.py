@@ -36,6 +36,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
                         "interrupted or lost")  # fmt: skip
     parser.add_argument("--tag", help="only trials with this tag")
     parser.add_argument("--name", help="only trials of this name")
+    parser.add_argument("--hidden", action="store_true", help="the hidden ones too")
     parser.add_argument("--sort", metavar="KEY", help="created (the default: newest first), name, params.NAME, "
                         "metrics.NAME.last, ...; a - in front reverses")  # fmt: skip
     parser.add_argument(
@@ -63,9 +64,9 @@ def ls(arguments: argparse.Namespace) -> int:
             )
     with reading(arguments) as source:
         if arguments.what == "groups":
-            _list_groups(arguments, list(source.reads.groups(arguments.project)))
+            _list_groups(arguments, list(source.reads.groups(arguments.project, hidden=arguments.hidden)))
         elif arguments.what == "projects":
-            _list_projects(arguments, list(source.reads.projects()))
+            _list_projects(arguments, list(source.reads.projects(hidden=arguments.hidden)))
         else:
             _list_trials(arguments, source)
     return 0
@@ -78,7 +79,7 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
     query = source.reads.trials(
         project=arguments.project, group=arguments.group, status=arguments.status, tag=arguments.tag,
         name=arguments.name, where=arguments.where, order_by=arguments.sort or "-created",
-        limit=limit + 1 if limit else None,
+        limit=limit + 1 if limit else None, hidden=arguments.hidden,
     )  # fmt: skip
     if arguments.json:
         terminal.show_json([trial.to_dict() for trial in islice(query, limit or None)])

@@ -63,6 +63,17 @@ SECTIONS: dict[str, dict[str, Verb]] = {
             ("eventrun at 2025-11-21T12:30 ls", "eventrun at 5000 show rate-0.1"),
         ),
     },
+    "Change": {
+        "mv": Verb("editing", "give a trial another name", ("eventrun mv rate-0.1 baseline",)),
+        "rm": Verb(
+            "editing",
+            "hide trials, or a project; nothing is removed",
+            ("eventrun rm rate-10", "eventrun rm --where \"status == 'failed'\" --dry-run"),
+        ),
+        "restore": Verb("editing", "show again what was hidden", ("eventrun restore rate-10",)),
+        "tag": Verb("editing", "add and remove tags", ("eventrun tag @latest good owner=ann --remove bad",)),
+        "note": Verb("editing", "add a note to a trial", ("eventrun note @latest 'learns best so far'",)),
+    },
     "Move": {
         "export": Verb(
             "moving",

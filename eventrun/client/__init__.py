@@ -146,6 +146,19 @@ class Client:
             self._resumed.append(trial_id)
         return trial
 
+    def edit(self, trial: TrialLike) -> Pending[Trial]:
+        """Give a handle to tell something about a trial that is there, without running it.
+
+        Raises NotFound, Ambiguous.
+        """
+        key = key_of(trial)
+
+        def find() -> Trial:
+            found = self._reader().trial(key)
+            return self.trial(found.project, group=found.group, name=found.name or None, resume=found.id)
+
+        return self._ask(True, find)
+
     def declare(
         self,
         project: str,
@@ -341,12 +354,13 @@ class Client:
         tag: str | None = None,
         name: str | None = None,
         where: Where = None,
+        hidden: bool = False,
         order_by: str | None = None,
         limit: int | None = None,
         offset: int = 0,
         fresh: bool = True,
     ) -> Query[TrialState]:
-        """Ask for trials. `where` is a filter, see `eventrun.filters`.
+        """Ask for trials, with `hidden` for the hidden ones too. `where` is a filter, see `eventrun.filters`.
 
         `order_by`: "created" (the default), "metrics.loss.last", "params.lr", ...; "-" reverses.
         """
@@ -359,7 +373,7 @@ class Client:
         return self._pages(
             fresh,
             lambda cursor: self._reader().trials(
-                cursor, where=condition, offset=offset, fresh=fresh, **chosen
+                cursor, where=condition, hidden=hidden, offset=offset, fresh=fresh, **chosen
             ),
             0,
         )
@@ -385,15 +399,21 @@ class Client:
             fresh, lambda: self._reader().history(key, metric, points=points, between=between, fresh=fresh)
         )
 
-    def groups(self, project: str | None = None, *, fresh: bool = True) -> Query[GroupState]:
+    def groups(
+        self, project: str | None = None, *, hidden: bool = False, fresh: bool = True
+    ) -> Query[GroupState]:
         """Ask for groups, with a summary of their trials."""
         return self._pages(
-            fresh, lambda cursor: self._reader().groups(cursor, project=project, fresh=fresh), 0
+            fresh,
+            lambda cursor: self._reader().groups(cursor, project=project, hidden=hidden, fresh=fresh),
+            0,
         )
 
-    def projects(self, *, fresh: bool = True) -> Query[ProjectState]:
+    def projects(self, *, hidden: bool = False, fresh: bool = True) -> Query[ProjectState]:
         """Ask for projects, with a summary of their trials."""
-        return self._pages(fresh, lambda cursor: self._reader().projects(cursor, fresh=fresh), 0)
+        return self._pages(
+            fresh, lambda cursor: self._reader().projects(cursor, hidden=hidden, fresh=fresh), 0
+        )
 
     def events(
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None, fresh: bool = True

@@ -27,6 +27,7 @@ IF_EXISTS = ("none", "error", "attempt")
 # What `update_trial` may do: the methods of a trial that record something about it.
 METHODS = (
     "set_status", "finish", "set_params", "set_metadata", "add_tags", "remove_tags", "set_description", "add_note",
+    "rename", "hide", "restore",
 )  # fmt: skip
 
 SPREAD = 16  # trials that are passed over, at most, by whoever was too slow for one

@@ -46,13 +46,15 @@ class Past:
             True, lambda: self._at().history(key, metric, points=points, between=between)
         )
 
-    def groups(self, project: str | None = None) -> Query[GroupState]:
+    def groups(self, project: str | None = None, *, hidden: bool = False) -> Query[GroupState]:
         """Ask for groups, as `Client.groups`."""
-        return self._client._pages(True, lambda cursor: self._at().groups(cursor, project=project), 0)
+        return self._client._pages(
+            True, lambda cursor: self._at().groups(cursor, project=project, hidden=hidden), 0
+        )
 
-    def projects(self) -> Query[ProjectState]:
+    def projects(self, *, hidden: bool = False) -> Query[ProjectState]:
         """Ask for projects, as `Client.projects`."""
-        return self._client._pages(True, lambda cursor: self._at().projects(cursor), 0)
+        return self._client._pages(True, lambda cursor: self._at().projects(cursor, hidden=hidden), 0)
 
     def events(
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None

@@ -19,6 +19,7 @@ from eventrun.events import (
     DescriptionSet,
     GroupCreated,
     Heartbeat,
+    Hidden,
     InputMarked,
     MetadataSet,
     MetricsLogged,
@@ -27,6 +28,7 @@ from eventrun.events import (
     ParamsSet,
     Plain,
     ProjectCreated,
+    Restored,
     Scalar,
     StatusChanged,
     TableAdded,
@@ -34,6 +36,7 @@ from eventrun.events import (
     TagsRemoved,
     TrialCreated,
     TrialFinished,
+    TrialRenamed,
     TrialStarted,
     WriterEnded,
 )
@@ -81,7 +84,7 @@ class SubjectFold(Struct, array_like=True, gc=False):
                 return self
             case (
                 DescriptionSet() | TagsAdded() | TagsRemoved() | MetadataSet() | NoteAdded()
-                | ChartAdded() | TableAdded() | InputMarked() | OutputMarked()
+                | ChartAdded() | TableAdded() | InputMarked() | OutputMarked() | TrialRenamed() | Hidden() | Restored()
             ):  # fmt: skip
                 return self._tell(time_ns, event)
             case (
@@ -140,6 +143,7 @@ class _Summary(Struct, array_like=True, gc=False, frozen=True, kw_only=True):
     description: str
     tags: dict[str, Any]
     metadata: dict[str, Any]
+    hidden: bool
     notes: tuple[Note, ...]
     charts: tuple[Chart, ...]
     created_ns: int | None
@@ -173,7 +177,10 @@ class GroupState(_Summary, array_like=True, gc=False, frozen=True, kw_only=True)
 
 
 class ProjectState(_Summary, array_like=True, gc=False, frozen=True, kw_only=True):
-    """A project as it is read back; its fields are as in `GroupState`. `groups` maps a group's name to its trials."""
+    """A project as it is read back; its fields are as in `GroupState`. `groups` maps a group's name to its trials.
+
+    When it is `hidden`, so are all its trials.
+    """
 
     groups: dict[str, int]
 
@@ -203,6 +210,7 @@ def _summary(own: SubjectFold | None, project: str, trials: list[TrialState]) ->
         "description": about.description or "",
         "tags": dict(about.tags),
         "metadata": about.metadata,
+        "hidden": about.hidden,
         "notes": tuple(about.notes),
         "charts": tuple(about.charts),
         "created_ns": own.created_ns if own else None,

@@ -69,7 +69,7 @@ _NUMBER = "SELECT number FROM trials WHERE id = ?"
 _BUILT_IN = (
     """
     SELECT id, project, grp, name, status, tags, created_ns, events, position, raw_status, error, description,
-    version, attempt, started_ns, finished_ns, modified_ns, duration_s, state, until_ns, fold
+    version, attempt, started_ns, finished_ns, modified_ns, duration_s, hidden, state, until_ns, fold
     FROM trials JOIN folds ON trial = number ORDER BY id
     """,
     """
@@ -93,7 +93,7 @@ _BUILT_IN = (
     SELECT id, snapshots.position, until_ns, fold
     FROM snapshots JOIN trials ON trial = number ORDER BY id, snapshots.position
     """,
-    "SELECT subject, fold FROM subjects ORDER BY subject",
+    "SELECT subject, hidden_project, fold FROM subjects ORDER BY subject",
 )
 _OWN = "SELECT key, state FROM states WHERE projection = ? AND version = ? ORDER BY key"
 

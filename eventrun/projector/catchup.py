@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from eventrun.events import split_subject
 from eventrun.projections import Points, Slice, SubjectFold, TrialFold, TrialState, encode_state, fold
 from eventrun.projections.facts import Fact, as_number, facts_of
 from eventrun.projector.log import Pace, between
@@ -56,7 +57,7 @@ _LAST_SERIES = "SELECT coalesce(max(number), 0) FROM series"
 _PUT_TRIALS = """
     INSERT OR REPLACE INTO trials
     (number, id, project, grp, name, status, tags, created_ns, events, position, raw_status, error, description,
-    version, attempt, started_ns, finished_ns, modified_ns, duration_s, state) VALUES
+    version, attempt, started_ns, finished_ns, modified_ns, duration_s, hidden, state) VALUES
 """
 _PUT_FACTS = "INSERT OR REPLACE INTO facts (key, trial, number, text, there) VALUES"
 _DROP_FACT = "DELETE FROM facts WHERE key = ? AND trial = ?"
@@ -64,7 +65,7 @@ _PUT_METRICS = "INSERT OR REPLACE INTO metrics (name, trial, count, last, latest
 _PUT_FOLDS = "INSERT OR REPLACE INTO folds (trial, until_ns, fold) VALUES"
 _PUT_SERIES = "INSERT OR REPLACE INTO series (number, trial, name, count, open) VALUES"
 _PUT_CHUNKS = "INSERT OR REPLACE INTO chunks (number, points) VALUES"
-_PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, fold) VALUES"
+_PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, hidden_project, fold) VALUES"
 _SNAPSHOT = """
     INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
     SELECT number, :position, until_ns, fold FROM trials JOIN folds ON trial = number
@@ -149,7 +150,10 @@ class Folding:
     def write(self) -> None:
         """Write back all that was taken."""
         self._fold_waiting()
-        subjects = [(subject, with_crc(state.encode())) for subject, state in self._subjects.items()]
+        subjects = [
+            (subject, _hidden_project(subject, state), with_crc(state.encode()))
+            for subject, state in self._subjects.items()
+        ]
         put(self._db, _PUT_SUBJECTS, subjects)
         self._write_trials()
         self._write_points()
@@ -199,6 +203,7 @@ class Folding:
                 trial.number, state.id, state.project, state.group, state.name, state.status, tag_text(state.tags),
                 state.created_ns, state.events, state.position, state.raw_status, state.error, state.description,
                 state.version, state.attempt, state.started_ns, state.finished_ns, state.modified_ns, state.duration_s,
+                state.hidden,
                 with_crc(encode_state(state)),
             ))  # fmt: skip
             facts += self._new_facts(trial, facts_of(state.params, state.metadata, state.tags))
@@ -262,6 +267,11 @@ class Folding:
     def _new_series(self) -> int:
         self._last_series += 1
         return self._last_series
+
+
+def _hidden_project(subject: str, state: SubjectFold) -> str | None:
+    kind, *names = split_subject(subject)
+    return names[0] if kind == "p" and state.about.hidden else None
 
 
 def _new_metrics(trial: _Trial, state: TrialState) -> list[tuple[Any, ...]]:

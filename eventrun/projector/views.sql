@@ -37,6 +37,7 @@ CREATE TABLE trials (
     finished_ns INTEGER,
     modified_ns INTEGER,
     duration_s REAL,
+    hidden INTEGER NOT NULL,
     state BLOB NOT NULL
 );
 CREATE INDEX trials_by_time ON trials (created_ns, id);
@@ -103,6 +104,7 @@ CREATE TABLE chunks (
 -- The own events of groups and projects.
 CREATE TABLE subjects (
     subject TEXT PRIMARY KEY,
+    hidden_project TEXT, -- the project's name if this is a project that is hidden
     fold BLOB NOT NULL
 );
 
