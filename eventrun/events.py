@@ -85,7 +85,10 @@ class ChronoFinished(_Event, frozen=True, tag="c."):
 
 
 class MetricsLogged(_Event, frozen=True, tag="m"):
-    """One log call. `late`: the writer had already finished the trial."""
+    """One log call. `late`: the writer had already finished the trial.
+
+    `key` is the caller's own step where that is no number (`compat.track`); `step` is None then.
+    """
 
     values: dict[str, Scalar]
     step: Step = None
@@ -93,6 +96,7 @@ class MetricsLogged(_Event, frozen=True, tag="m"):
     subset: str | None = None
     aggregator: AggregatorChoice | None = None
     late: bool = False
+    key: Plain = None
 
 
 class ParamsSet(_Event, frozen=True, tag="pa"):

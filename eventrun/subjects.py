@@ -133,3 +133,16 @@ def tags_of(tags: Any) -> dict[str, Any]:
     """Check tags: names, one name, or a mapping from names to values."""
     named = tags if hasattr(tags, "items") else dict.fromkeys([tags] if isinstance(tags, str) else tags)
     return {checked_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in named.items()}
+
+
+def told_events(description: str | None, tags: Any, metadata: Any) -> list[Event]:
+    """Make the events that tell this; all is checked before any is made."""
+    told: list[Event] = []
+    draft = Project("", told.append)
+    if description is not None:
+        draft.set_description(description)
+    if tags:
+        draft.record(TagsAdded(tags_of(tags)))
+    if metadata:
+        draft.set_metadata(metadata)
+    return told

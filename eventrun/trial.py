@@ -33,6 +33,7 @@ from eventrun.events import (
     TrialStarted,
     WriterEnded,
 )
+from eventrun.identity import configuration_hash
 from eventrun.subjects import Subject, checked_name, mapping_of, tags_of, text_of
 
 if TYPE_CHECKING:
@@ -349,7 +350,16 @@ def creation_events(
 
 def new_id() -> str:
     """Draw a trial's id: 80 random bits."""
-    bits = int.from_bytes(os.urandom(10), "big")
+    return _spelled(os.urandom(10))
+
+
+def id_of(identity: str) -> str:
+    """Make the id of a trial that is the same wherever this identity is named, see `client.declare`."""
+    return _spelled(bytes.fromhex(configuration_hash(identity))[:10])
+
+
+def _spelled(ten_bytes: bytes) -> str:
+    bits = int.from_bytes(ten_bytes, "big")
     return "".join(ID_ALPHABET[bits >> shift & 31] for shift in range(75, -1, -5))
 
 

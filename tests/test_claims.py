@@ -120,6 +120,72 @@ def test_update_trial_takes_the_first(tmp_path: Path) -> None:
         assert [state.status for state in client.trials()] == ["created", "running", "running"]
 
 
+def test_a_function_chooses_and_records(tmp_path: Path) -> None:
+    """What it records nothing of is passed by; several events about one trial come together."""
+    with eventrun.open(tmp_path / "runs", quiet=True) as client:
+        for n in range(3):
+            client.trial("p", params={"n": [n]})
+
+        def change(state: Any, trial: Any) -> None:
+            if state.params["n"] == [1] and state.status == "created":
+                trial.set_status("running")
+                trial.set_metadata(by="me")
+
+        taken = client.update_trial(None, change).result()
+        assert (taken.params, taken.status, taken.metadata) == ({"n": [1]}, "running", {"by": "me"})
+        with pytest.raises(NotFound):
+            client.update_trial({}, change).result()
+
+
+def test_what_is_claimed_overrules_what_was_said(tmp_path: Path) -> None:
+    """A trial that has failed can be set back to created and taken again, by whomever."""
+    with eventrun.open(tmp_path / "runs", quiet=True) as client:
+        with pytest.raises(ArithmeticError), client.trial("p"):
+            raise ArithmeticError
+        again = client.update_trial("status == 'failed'", "set_status", "created").result()
+        assert again.status == "created"
+        with client.trial("p", resume=again.id):
+            pass
+        assert client.get(again.id).result().status == "completed"
+
+
+def test_an_identity_is_declared_once(tmp_path: Path) -> None:
+    """A text of one's own instead of the configuration: it gives the id, and the attempt is what it is told to be."""
+    with eventrun.open(tmp_path / "runs", quiet=True) as client:
+        first = client.declare("p", identity="mine", attempt=7, params={"n": 1}).result()
+        assert first is not None
+        assert (first.attempt, client.get(first).result().attempt) == (7, 7)
+        assert client.declare("q", identity="mine", params={"n": 2}).result() is None
+        with eventrun.open("memory:", quiet=True) as other:
+            same = other.declare("q", identity="mine").result()
+            assert same is not None
+            assert same.id == first.id
+
+
+def test_groups_and_projects_are_declared_once_and_updated(tmp_path: Path) -> None:
+    """The first is told so; an update gets the first group for which it records something."""
+    with eventrun.open(tmp_path / "runs", quiet=True) as client:
+        assert client.declare_project("p", description="d").result()
+        assert not client.declare_project("p", description="other").result()
+        assert client.declare_group("p", "g", metadata={"n": 1}).result()
+        assert not client.declare_group("p", "g").result()
+        client.trial("p", group="native")
+        assert not client.declare_group("p", "native").result()
+        assert client.declare_group("q", "g").result()
+
+        def change(state: Any, group: Any) -> None:
+            if state.metadata.get("n") == 1:
+                group.set_metadata(n=2)
+
+        assert client.update_group(change).result().metadata == {"n": 2}
+        with pytest.raises(NotFound):
+            client.update_group(change, project="p").result()
+        assert [project.description for project in client.projects()] == ["d", ""]
+        assert [(group.project, group.name) for group in client.groups()] == [
+            ("p", "g"), ("p", "native"), ("q", "g"),
+        ]  # fmt: skip
+
+
 TAKE = """
     import json, sys, eventrun
     got = []

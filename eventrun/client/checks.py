@@ -22,7 +22,7 @@ def key_of(trial: TrialLike) -> str:
     return checked_text(key, "the trial's name")
 
 
-_COUNTS = frozenset({"limit", "offset", "after", "points", "position"})
+_COUNTS = frozenset({"limit", "offset", "after", "points", "position", "attempt"})
 
 
 def check_choice(chosen: dict[str, Any]) -> None:

@@ -7,20 +7,29 @@ journal: whoever appends the next sequence first has it, and all others look aga
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from random import randrange
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eventrun.clock import time_ns
 from eventrun.codec import Batch, Stream, encode_item, items_of, seal
 from eventrun.errors import AlreadyExists, Conflict, InvalidValue, NotFound
-from eventrun.events import AttemptClaimed, Event, StatusChanged, configuration_subject, trial_subject
+from eventrun.events import (
+    AttemptClaimed,
+    Event,
+    StatusChanged,
+    configuration_subject,
+    group_subject,
+    trial_subject,
+)
 from eventrun.recovery import CLAIM_WRITER
 from eventrun.stores.base import StoredBatch, Tip
+from eventrun.subjects import Group
 from eventrun.trial import Trial
 
 if TYPE_CHECKING:
     from eventrun.filters import Condition
-    from eventrun.projections import TrialState
+    from eventrun.projections import GroupState, TrialState
     from eventrun.query import Reader
 
 IF_EXISTS = ("none", "error", "attempt")
@@ -95,7 +104,7 @@ def update_first(
 ) -> TrialState:
     """Record events about the first trial for which a condition holds, and which nobody else just took.
 
-    Raises NotFound when there is none.
+    A trial of which there is nothing to record is passed by. Raises NotFound when there is none.
     """
     from eventrun.filters import holds
 
@@ -110,13 +119,15 @@ def update_first(
                     skip -= 1
                     continue
                 stream = claim_stream(trial_subject(candidate.id))
+                if not events(candidate):
+                    continue
                 # First where the claims end, then the state: who claims in between makes the append fail.
                 tip = log.tip(stream)
                 state = reader.trial(candidate.id)
-                if holds(condition, state) is not True:
+                if holds(condition, state) is not True or not (recorded := events(state)):
                     continue
                 try:
-                    log.append([batch_of(stream, tip, events(state))], {stream: tip.sequence})
+                    log.append([batch_of(stream, tip, recorded)], {stream: tip.sequence})
                 except Conflict:
                     contested = True
                     # Whoever was faster comes to the next one as well: spread out, and come back to the others.
@@ -124,6 +135,46 @@ def update_first(
                     continue
                 return reader.trial(candidate.id)
     raise NotFound("no trial is like that; `eventrun ls --where ...` shows which ones there are")
+
+
+def update_first_group(
+    log: Log, reader: Reader, project: str | None, events: Callable[[GroupState], Sequence[Event]]
+) -> GroupState:
+    """Record events about the first group of which there is something to record. Raises NotFound."""
+    contested = True
+    while contested:
+        contested = False
+        cursor: Any = 0
+        while cursor is not None:
+            found, cursor = reader.groups(cursor, project=project)
+            for candidate in found:
+                if not events(candidate):
+                    continue
+                place = candidate.project, candidate.name
+                stream = claim_stream(group_subject(*place))
+                tip = log.tip(stream)
+                state = reader.group(*place)
+                if not (recorded := events(state)):
+                    continue
+                try:
+                    log.append([batch_of(stream, tip, recorded)], {stream: tip.sequence})
+                except Conflict:
+                    contested = True
+                    continue
+                return reader.group(*place)
+    raise NotFound("no group is like that")
+
+
+def claim_subject(log: Log, subject: str, events: Sequence[Event]) -> bool:
+    """Record the creation of a group or project unless it exists; of many at once one is told True."""
+    if log.read(0, subject=subject, limit_bytes=1):
+        return False
+    stream = claim_stream(subject)
+    try:
+        log.append([batch_of(stream, log.tip(stream), events)], {stream: 0})
+    except Conflict:
+        return False
+    return True
 
 
 def release(log: Log, reader: Reader, older_than: float, project: str | None) -> list[TrialState]:
@@ -176,3 +227,30 @@ def events_of(method: str, arguments: tuple[Any, ...], named: Mapping[str, Any])
     trial = Trial(_Nobody(), collector, "0" * 16, "p", "", "n", resumed=True)
     getattr(trial, method)(*arguments, **named)
     return collector.events
+
+
+def what_to_record(
+    method: str | Callable[[TrialState, Trial], object], arguments: tuple[Any, ...], named: Mapping[str, Any]
+) -> Callable[[TrialState], list[Event]]:
+    """Give a function from a trial's state to the events. Raises what the method raises for these arguments."""
+    if callable(method):
+        return partial(events_of_change, method)
+    fixed = events_of(method, arguments, named)
+    return lambda _: fixed
+
+
+def events_of_change(change: Callable[[TrialState, Trial], object], state: TrialState) -> list[Event]:
+    """Make the events that a function records about a trial of this state."""
+    collector = _Collector()
+    change(
+        state,
+        Trial(_Nobody(), collector, state.id, state.project, state.group, state.name or "n", resumed=True),
+    )
+    return collector.events
+
+
+def events_of_group(change: Callable[[GroupState, Group], object], state: GroupState) -> list[Event]:
+    """Make the events that a function records about a group of this state."""
+    events: list[Event] = []
+    change(state, Group(state.project, state.name, events.append))
+    return events

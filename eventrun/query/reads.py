@@ -145,6 +145,14 @@ class Reads:
             cursor = _in_pages(_shown((self._group(*pair) for pair in wanted), hidden))
         return _page(cursor)
 
+    def group(self, project: str, name: str, *, fresh: bool = True) -> GroupState:
+        """Return the state of one group. Raises NotFound."""
+        self.views.read(_groups, fresh=fresh)
+        found = self._group(project, name)
+        if found is None:
+            raise NotFound(f"there is no group {name!r} in project {project!r}")
+        return found
+
     def projects(self, cursor: Any = 0, *, hidden: bool = False, fresh: bool = True) -> Page[ProjectState]:
         """List projects by name, each with a summary of its trials that aren't hidden."""
         if isinstance(cursor, int):
