@@ -56,6 +56,7 @@ from eventrun.subjects import Subject
 
 if TYPE_CHECKING:
     from eventrun.client import Client
+    from eventrun.codec import StoredEvent
     from eventrun.projections import GroupState, TrialState
     from eventrun.trial import Trial as Handle
 
@@ -120,7 +121,7 @@ class Protocol:
         taken = self._taken("trial", trial.uid) is not None
         state = None if taken else self._state(trial.uid)
         word = Status.Running.name if state is None else status_of(state).name
-        if word in _UNDER_WAY:
+        if word in _UNDER_WAY or (exc_type is not None and word == Status.Completed.name):
             word = _ending(exc_type).name
         if handle.finished or taken:
             handle.record(TrialFinished(word, error))
@@ -320,16 +321,20 @@ class Protocol:
 
     def add_group_trial(self, group: Any, trial: Any) -> None:
         """Make a trial one of a group."""
-        self._move(trial, None, group.name)
+        self._move(trial, None, (_text(getattr(group, "project_id", None), ORPHANS), group.name))
         self._handle(trial).record(MetadataSet({RESERVED: {"group": group.uid}}))
         _tell(group, "trials", trial.uid)
         trial.group_id = group.uid
 
-    def _move(self, trial: Any, project: str | None, group: str | None) -> None:
+    def _move(self, trial: Any, project: str | None, group: tuple[str, str] | None) -> None:
+        """Put a trial elsewhere. In eventrun a group is one project's: of another's only Track's readers know."""
         handle = self._handle(trial)
         state = self._state(trial.uid)
         assert state is not None
-        place = project or state.project, group or state.group
+        project = project or state.project
+        known = self._trial(state).group_id
+        group = group or (None if known is None else self._place(known))
+        place = project, group[1] if group is not None and group[0] == project else ""
         if place != (state.project, state.group):
             handle.record(TrialCreated(*place, state.name, state.description, state.version, state.attempt))
 
@@ -404,7 +409,7 @@ class Protocol:
         own = {"hash": hashed, "revision": revision, "named": bool(name)}
         return self.client.declare(
             project,
-            group="" if place is None else place[1],
+            group=place[1] if place is not None and place[0] == project else "",
             name=name or None,
             params=storable(trial.parameters, "parameters"),
             tags=storable(getattr(trial, "tags", None) or {}, "tags"),
@@ -517,18 +522,27 @@ class Protocol:
         store, uid = self._opened_now(), uid_of(state)
         return trial_of(
             state,
-            lambda: store.client.events(trial=state.id),
+            lambda: self._events(state.id),
             lambda kind, name: store.factories.get((kind, uid, name)),
         )
+
+    def _events(self, trial: str) -> Iterator[StoredEvent]:
+        try:
+            yield from self.client.events(trial=trial)
+        except NotFound as error:
+            raise ItemNotFound(f"trial {trial} is not in {self.uri} any more") from error
 
     def _group(self, state: GroupState) -> TrialGroup:
         client = self._opened_now().client
 
         def trials() -> set[str]:
-            inside = client.trials(project=state.project, group=state.name)
-            return {uid_of(each) for each in inside}
+            told = {f"metadata.{RESERVED}.group": group.uid}
+            inside = client.trials(where={"$or": [told, {"project": state.project, "group": state.name}]})
+            found = map(self._trial, inside)
+            return {trial.uid for trial in found if trial.group_id == group.uid}
 
-        return group_of(state, trials)
+        group = group_of(state, trials)
+        return group
 
     def _opened_now(self) -> opening.Opened:
         # Not looked for anew: this is asked while the store answers.
