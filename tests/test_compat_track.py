@@ -1137,6 +1137,33 @@ def test_output_code_and_files(
     assert state.outputs == (str(tmp_path / "model"), str(tmp_path))
 
 
+FORKS = """
+    import os, sys
+    from eventrun.compat.track import TrackClient
+    client = TrackClient(sys.argv[1])
+    client.new_trial(parameters={})
+    with client:
+        if os.fork() == 0:
+            client.log_metrics(step="child", loss=1)
+            sys.exit()
+        os.wait()
+        assert str(client.trial.status) == "running", client.trial.status
+        client.log_metrics(step="parent", loss=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_child_logs_and_leaves_the_end_to_its_parent(uri: str) -> None:
+    """What a fork's child logs is there; its exit doesn't end the trial."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(FORKS), uri]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    protocol = get_protocol(uri)
+    (trial,) = protocol.fetch_trials({})
+    assert (trial.status, trial.metrics) == (Status.Completed, {"loss": {"child": 1, "parent": 2}})
+    protocol.close()
+
+
 EXITS = """
     import sys
     from eventrun.compat.track import TrackClient

@@ -36,6 +36,7 @@ class TrialLogger:
         self.has_finished = False
         self._trial = trial
         self._began_ns = 0
+        self._process = os.getpid()  # a fork's child must not end what its parent still runs
         self._eta_total: int | None = None
         self._captured: list[tuple[str, TextIO, _Tee]] = []
 
@@ -68,7 +69,7 @@ class TrialLogger:
 
     def _at_exit(self) -> None:
         error = getattr(sys, "last_value", None)  # what ended the program, if something did
-        self.finish(None if error is None else type(error), error, None)
+        self.__exit__(None if error is None else type(error), error, None)
 
     def __enter__(self) -> TrialLogger:
         return self.start()
@@ -76,7 +77,8 @@ class TrialLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish(kind, error, trace)
+        if self._process == os.getpid():
+            self.finish(kind, error, trace)
 
     def log_metrics(
         self, step: Any = None, aggregator: Callable[[], Any] | None = None, **kwargs: Any
@@ -325,7 +327,7 @@ class TrackClient:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.finish(kind, error, trace)
+        self.logger.__exit__(kind, error, trace)
 
     def __getattr__(self, name: str) -> Any:
         # All else is the logger's: log_metrics, chrono, set_status, ...
