@@ -52,23 +52,23 @@ class Opened:
         self.groups: dict[str, tuple[str, str]] = {}
         self._folder = self.client.folder
         self._descriptor: int | None = None
+        self._own: tuple[int, int] | None = None
         if self._folder is not None:
             try:
                 # As long as it is open no other folder gets its number.
                 self._descriptor = os.open(self._folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+                self._own = _number(os.fstat(self._descriptor))
             except OSError:  # Windows: there a folder that is in use can't be removed either
                 pass
 
     def gone(self) -> bool:
         """Tell whether the store was removed, or another one lies in its place."""
-        if self._descriptor is None or self._folder is None:
+        if self._own is None or self._folder is None:
             return False
         try:
-            found = os.stat(self._folder)
+            return _number(os.stat(self._folder)) != self._own
         except OSError:
             return True
-        own = os.fstat(self._descriptor)
-        return (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino)
 
     def close(self) -> None:
         """Let go."""
@@ -76,6 +76,10 @@ class Opened:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def _number(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
 
 
 _shared: dict[str, Opened] = {}  # by URL: of the process, since its files are

@@ -194,16 +194,20 @@ class Protocol:
         handle = self._handle(trial)
         number, key = _step(step)
         values = metric_values(kwargs)
-        for choice, part in self._by_choice(trial.uid, values, aggregator if step is None else None):
+        if aggregator is None or step is not None:
+            if values:
+                handle.record(MetricsLogged(values, number, late=handle.finished, key=key))
+            return
+        for choice, part in self._by_choice(trial.uid, values, aggregator):
             handle.record(MetricsLogged(part, number, aggregator=choice, late=handle.finished, key=key))
 
     def _by_choice(
-        self, uid: str, values: dict[str, Scalar], aggregator: Callable[[], Any] | None
+        self, uid: str, values: dict[str, Scalar], aggregator: Callable[[], Any]
     ) -> Iterator[tuple[AggregatorChoice | None, dict[str, Scalar]]]:
         """Part the values in those whose aggregator was told before, and others."""
         fresh = {}
         choice = None
-        for name in values if aggregator is not None else ():
+        for name in values:
             if ("metric", uid, name) not in self._store.told:
                 choice = self._choice(uid, "metric", name, aggregator)
                 fresh[name] = values[name]
