@@ -47,6 +47,9 @@ _LAST_SEQUENCE = 2**63 - 1
 _raw_items = msgspec.msgpack.Decoder(list[tuple[int, list[Any]]])
 
 
+CLAIM_WRITER = 0  # of a subject's claim stream, appended to by compare-and-set
+
+
 class Stream(NamedTuple):
     """One subject's events by one writer. Writer 0 is the subject's claim stream, appended to by compare-and-set."""
 

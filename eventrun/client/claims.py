@@ -12,7 +12,7 @@ from random import randrange
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eventrun.clock import time_ns
-from eventrun.codec import Batch, Stream, encode_item, items_of, seal
+from eventrun.codec import CLAIM_WRITER, Batch, Stream, encode_item, items_of, seal
 from eventrun.errors import AlreadyExists, Conflict, InvalidValue, NotFound
 from eventrun.events import (
     AttemptClaimed,
@@ -22,7 +22,6 @@ from eventrun.events import (
     group_subject,
     trial_subject,
 )
-from eventrun.recovery import CLAIM_WRITER
 from eventrun.stores.base import StoredBatch, Tip
 from eventrun.subjects import Group
 from eventrun.trial import Trial

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from eventrun.codec import CLAIM_WRITER
 from eventrun.events import StatusChanged, TrialFinished, WriterEnded
 
 CREATED, RUNNING, SUSPENDED = "created", "running", "suspended"
@@ -41,7 +42,6 @@ _WORDS = {
     INTERRUPTED: "interrupted cancelled",
     LOST: "lost",
 }
-CLAIM_WRITER = 0
 _EVER = -(2**63)  # before any time_ns
 _VIEWS = {word: view for view, words in _WORDS.items() for word in words.split()}
 

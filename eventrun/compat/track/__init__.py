@@ -6,6 +6,11 @@ and params as `eventrun.identity` makes it: the order of params doesn't matter, 
 can be stored fails; so uids differ from those of the original. A trial that has a `_hash` keeps it. eventrun's own id
 of a trial follows from its uid, and creating it is a compare-and-set in the log: of many processes one succeeds.
 
+What differs from the original on purpose: an exception leaves a `with` as it is, and its message is kept;
+`client.trial` shows what the store has; the same parameters again are the next revision; the number of observations
+is a number; what is missing in a query compares as None and never raises; a chrono is of one trial; a step keeps its
+type.
+
 What is kept beside Track's own fields stands in the metadata under `RESERVED`; Track's readers don't see it.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eventrun.clock import monotonic_ns
-from eventrun.codec import metric_values, scalar
+from eventrun.codec import metric_values
 from eventrun.compat.track import opening
 from eventrun.compat.track.aggregators import EACH, described
 from eventrun.compat.track.errors import ChronoNotStarted, ItemNotFound, UnknownProject
@@ -36,7 +36,18 @@ from eventrun.compat.track.structure import (
     as_status,
     storable,
 )
-from eventrun.errors import InvalidType, NotFound
+from eventrun.compat.track.taking import (
+    brought_along,
+    ending,
+    error_text,
+    hash_of,
+    project_name,
+    replacing,
+    step_of,
+    tell_of,
+    text_or,
+)
+from eventrun.errors import NotFound
 from eventrun.events import (
     AggregatorChoice,
     ChronoFinished,
@@ -44,10 +55,8 @@ from eventrun.events import (
     MetadataSet,
     MetricsLogged,
     ParamsSet,
-    Plain,
     Scalar,
     StatusChanged,
-    Step,
     TagsAdded,
     TrialCreated,
     TrialFinished,
@@ -114,7 +123,7 @@ class Protocol:
     ) -> None:
         """End the trial: as it was last said to be, else completed, interrupted or, by an error, with its message."""
         handle, store = self._handle(trial), self._store
-        error = _error(exc_val if exc_val is not None else exc_type)
+        error = error_text(exc_val if exc_val is not None else exc_type)
         if store.starts.get((trial.uid, RUNTIME)):
             started, _ = self._end(trial.uid, RUNTIME)
             handle.record(ChronoFinished(RUNTIME, (monotonic_ns() - started) / 1e9, error))
@@ -122,7 +131,7 @@ class Protocol:
         state = None if taken else self._state(trial.uid)
         word = Status.Running.name if state is None else status_of(state).name
         if word in _UNDER_WAY or (exc_type is not None and word == Status.Completed.name):
-            word = _ending(exc_type).name
+            word = ending(exc_type).name
         if handle.finished or taken:
             handle.record(TrialFinished(word, error))
         else:
@@ -150,7 +159,7 @@ class Protocol:
         handle = self._handle(trial)
         started, callback = self._end(trial.uid, name)
         seconds = (monotonic_ns() - started) / 1e9
-        error = _error(exc_val if exc_val is not None else exc_type)
+        error = error_text(exc_val if exc_val is not None else exc_type)
         handle.record(ChronoFinished(name, seconds, error, late=handle.finished))
         if callback is not None:
             callback()
@@ -174,14 +183,14 @@ class Protocol:
 
     def log_trial_arguments(self, trial: Any, **kwargs: Any) -> None:
         """Add or replace parameters; the trial's uid stays."""
-        for part in _replacing(storable(kwargs, "arguments")):
+        for part in replacing(storable(kwargs, "arguments")):
             self._handle(trial).record(ParamsSet(part))
 
     def log_trial_metadata(
         self, trial: Any, aggregator: Callable[[], Any] | None = None, **kwargs: Any
     ) -> None:
         """Add or replace metadata; the last value counts, whatever the aggregator."""
-        for part in _replacing(storable(kwargs, "metadata")):
+        for part in replacing(storable(kwargs, "metadata")):
             self._handle(trial).record(MetadataSet(part))
 
     def log_trial_metrics(
@@ -192,7 +201,7 @@ class Protocol:
         Numbers, text, booleans and None; a step may be anything that can be stored.
         """
         handle = self._handle(trial)
-        number, key = _step(step)
+        number, key = step_of(step)
         values = metric_values(kwargs)
         if aggregator is None or step is not None:
             if values:
@@ -239,7 +248,7 @@ class Protocol:
         def change(_: object, handle: Handle) -> None:
             if isinstance(wanted, CustomStatus):
                 handle.record(MetadataSet({RESERVED: {"statuses": {wanted.name: wanted.value}}}))
-            handle.record(StatusChanged(wanted.name, _error(error)))
+            handle.record(StatusChanged(wanted.name, error_text(error)))
 
         handle = self._taken("trial", trial.uid)
         if handle is not None:
@@ -281,11 +290,11 @@ class Protocol:
 
     def get_project(self, project: Any) -> Project | None:
         """Fetch a project by its uid; None when there is none."""
-        return next(iter(self.fetch_projects({"uid": _project_name(project)})), None)
+        return next(iter(self.fetch_projects({"uid": project_name(project)})), None)
 
     def new_project(self, project: Any) -> Project:
         """Create a project, or give the one that exists."""
-        name = _project_name(project)
+        name = project_name(project)
         created = self.client.declare_project(
             name,
             description=getattr(project, "description", None),
@@ -304,7 +313,7 @@ class Protocol:
 
     def new_trial_group(self, group: Any) -> TrialGroup | None:
         """Create a group; None if it exists. Raises UnknownProject, unless not `strict`."""
-        project = _text(group.project_id, ORPHANS)
+        project = text_or(group.project_id, ORPHANS)
         self._check_project(project)
         created = self.client.declare_group(
             project,
@@ -317,17 +326,17 @@ class Protocol:
 
     def add_project_trial(self, project: Any, trial: Any) -> None:
         """Make a trial one of a project. Raises UnknownProject, unless not `strict`."""
-        name = _project_name(project)
+        name = project_name(project)
         self._check_project(name)
         self._move(trial, name, None)
-        _tell(project, "trials", trial.uid)
+        tell_of(project, "trials", trial.uid)
         trial.project_id = name
 
     def add_group_trial(self, group: Any, trial: Any) -> None:
         """Make a trial one of a group."""
-        self._move(trial, None, (_text(getattr(group, "project_id", None), ORPHANS), group.name))
+        self._move(trial, None, (text_or(getattr(group, "project_id", None), ORPHANS), group.name))
         self._handle(trial).record(MetadataSet({RESERVED: {"group": group.uid}}))
-        _tell(group, "trials", trial.uid)
+        tell_of(group, "trials", trial.uid)
         trial.group_id = group.uid
 
     def _move(self, trial: Any, project: str | None, group: tuple[str, str] | None) -> None:
@@ -352,7 +361,7 @@ class Protocol:
                     f"there is no group {group.uid} in {self.uri}: create it with new_trial_group"
                 )
             handle = self.client.group(*place)
-        for part in _replacing(storable(kwargs, "metadata")):
+        for part in replacing(storable(kwargs, "metadata")):
             handle.record(MetadataSet(part))
 
     def _check_project(self, name: str) -> None:
@@ -375,7 +384,7 @@ class Protocol:
 
     def get_trial(self, trial: Any) -> list[Trial] | None:
         """Fetch all revisions of a trial, by number; None when there is no trial of just this uid."""
-        found = list(numbered(self.fetch_trials({"hash": _hash_of(trial)})))
+        found = list(numbered(self.fetch_trials({"hash": hash_of(trial)})))
         return found if any(each.uid == trial.uid for each in found) else None
 
     def new_trial(self, trial: Any, auto_increment: bool = False) -> Trial | None:
@@ -384,12 +393,12 @@ class Protocol:
         Then the revision of the object that was given is set, too. Of many processes that insert the same one
         succeeds. Raises UnknownProject, unless not `strict`.
         """
-        project = _text(getattr(trial, "project_id", None), ORPHANS)
+        project = text_or(getattr(trial, "project_id", None), ORPHANS)
         self._check_project(project)
         uid, revision = trial.uid, trial.revision
         handle = self._declare(trial, project, revision)
         if handle is None and auto_increment:
-            known = [each.revision for each in self.fetch_trials({"hash": _hash_of(trial)})]
+            known = [each.revision for each in self.fetch_trials({"hash": hash_of(trial)})]
             revision = max(known, default=revision)
             while handle is None:  # others may count as well: each finds the next one that is free
                 revision += 1
@@ -398,7 +407,7 @@ class Protocol:
             return None
         if revision != trial.revision:
             trial.revision = revision
-            uid = f"{_hash_of(trial)}_{revision}"
+            uid = f"{hash_of(trial)}_{revision}"
         self._store.handles[uid] = handle
         self._copy(trial)
         state = self._state(uid)
@@ -406,7 +415,7 @@ class Protocol:
         return self._trial(state)
 
     def _declare(self, trial: Any, project: str, revision: int) -> Handle | None:
-        hashed, name = _hash_of(trial), getattr(trial, "name", None)
+        hashed, name = hash_of(trial), getattr(trial, "name", None)
         group_id = getattr(trial, "group_id", None)
         place = None if group_id is None else self._place(group_id)
         version = getattr(trial, "version", None)
@@ -418,7 +427,7 @@ class Protocol:
             params=storable(trial.parameters, "parameters"),
             tags=storable(getattr(trial, "tags", None) or {}, "tags"),
             metadata={
-                **_own(storable(getattr(trial, "metadata", None) or {}, "metadata")),
+                **brought_along(storable(getattr(trial, "metadata", None) or {}, "metadata")),
                 RESERVED: own if group_id is None else {**own, "group": group_id},
             },
             description=getattr(trial, "description", None) or "",
@@ -560,63 +569,3 @@ def get_protocol(uri: str, strict: bool = True, eager: bool = True) -> Protocol:
     "x.json.eventrun". Ours: a folder's path, "sqlite:PATH", "memory:".
     """
     return Protocol(uri, strict, eager)
-
-
-def _hash_of(trial: Any) -> str:
-    hashed = getattr(trial, "hash", None)
-    return hashed if isinstance(hashed, str) else str(trial.uid).rpartition("_")[0]
-
-
-def _project_name(project: Any) -> str:
-    return _text(getattr(project, "uid", None) or getattr(project, "name", None), "")
-
-
-def _text(value: Any, otherwise: str) -> str:
-    return otherwise if value is None else str(value)
-
-
-def _own(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what a trial that was read says of itself."""
-    return {name: value for name, value in metadata.items() if name not in ("_update_count", "_last_change")}
-
-
-def _tell(thing: Any, attribute: str, uid: str) -> None:
-    known = getattr(thing, attribute, None)
-    if isinstance(known, set):
-        known.add(uid)
-
-
-def _replacing(named: dict[str, Plain]) -> Iterator[dict[str, Plain]]:
-    """Make of one update events after which a mapping has taken the place of the one before, not merged with it."""
-    mappings = {name: None for name, value in named.items() if isinstance(value, dict)}
-    if mappings:
-        yield mappings
-    if named:
-        yield named
-
-
-def _step(step: Any) -> tuple[Step, Plain]:
-    """Give a step as a number, or else as a key."""
-    try:
-        number = scalar(step, "step")
-    except InvalidType:
-        number = ""
-    if number is None or type(number) in (int, float):
-        return number, None  # type: ignore[return-value]
-    return None, storable(step, "step")
-
-
-def _error(error: Any) -> str | None:
-    if error is None:
-        return None
-    if isinstance(error, BaseException):
-        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return error.__name__ if isinstance(error, type) else str(error)
-
-
-def _ending(exc_type: Any) -> Status:
-    if exc_type is None:
-        return Status.Completed
-    if isinstance(exc_type, type) and issubclass(exc_type, Exception):
-        return Status.Exception
-    return Status.Interrupted if isinstance(exc_type, type) else Status.Exception
