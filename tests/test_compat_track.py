@@ -21,6 +21,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import eventrun
 from eventrun.compat.track import (
@@ -46,6 +48,7 @@ from eventrun.compat.track import (
     status,
 )
 from eventrun.compat.track.opening import url_of
+from eventrun.compat.track.queries import fits, read_query
 from eventrun.errors import InvalidType, InvalidValue
 
 CROWD = 4  # processes at once, where few show what many would
@@ -952,6 +955,69 @@ def test_a_trial_that_was_read_is_a_copy(protocol: Protocol) -> None:
     assert (moved, moved.metrics) == (trial, {"a": [1, 2]})
     with pytest.raises(AttributeError):
         _ = before.nothing  # type: ignore[attr-defined]
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, -1, 2, 1.0, 0.5, 1e300, 2**53 + 1, 2**63, "", "1", "a", "A", "b'; --", [1], {"k": 1}, {},
+]  # fmt: skip
+STATUSES: list[Any] = [
+    *Status,
+    CustomStatus("created", 7),
+    CustomStatus("mine", 204),
+    CustomStatus("Error", 3),
+]
+TESTS = st.sampled_from(["$eq", "$ne", "$in", "$nin", "$lt", "$lte", "$gt", "$gte"])
+
+
+@pytest.fixture(scope="module")
+def varied() -> Iterator[tuple[Protocol, list[Trial]]]:
+    """Give trials with all kinds of values and statuses."""
+    protocol = get_protocol("memory:")
+    for n, value in enumerate(VALUES):
+        protocol.new_trial(
+            Trial(
+                parameters={"n": n, "x": value}, tags={"x": value, "k'": n % 3}, project_id=("orphan", None)[n % 2],
+                metadata={"x": {"y": value}, "z": VALUES[-n]}, status=STATUSES[n % len(STATUSES)], revision=n % 2,
+            )
+        )  # fmt: skip
+    for n, word in enumerate(("completed", "failed", "odd word", "SUCCESS")):  # eventrun's own
+        protocol.client.trial("orphan", params={"n": 100 + n}).finish(word)
+    yield protocol, protocol.fetch_trials({})
+    protocol.close()
+
+
+@given(data=st.data())
+def test_the_store_is_asked_for_enough(varied: tuple[Protocol, list[Trial]], data: st.DataObject) -> None:
+    """What is asked of the store beforehand never leaves out a trial that a query means."""
+    protocol, everything = varied
+    assert len(everything) == len(VALUES) + 4
+    query = []
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(
+            st.sampled_from(
+                ["parameters.x", "parameters.n", "tags.x", "tags.k'", "metadata.x.y", "metadata.z", "metadata.x",
+                 "status", "project_id", "revision", "uid", "hash"]
+            )
+        )  # fmt: skip
+        found = [read(trial, name) for trial in everything]
+        values = st.sampled_from([*found, *(STATUSES if name == "status" else VALUES)])
+        if name == "status":
+            values = st.sampled_from([*found, *STATUSES, *map(str, STATUSES), "Exception"])
+        test = data.draw(TESTS)
+        query.append(
+            (name, {test: data.draw(st.lists(values, max_size=3) if test in ("$in", "$nin") else values)})
+        )
+    asked = read_query(query, "trial")
+    assert protocol.fetch_trials(query) == [trial for trial in everything if fits(asked, trial)]
+
+
+def read(trial: Trial, name: str) -> Any:
+    """Read what a dotted name means."""
+    root, *keys = name.split(".")
+    found = getattr(trial, root)
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 # stores -------------------------------------------------------------------------------------------------------------
