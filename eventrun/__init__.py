@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from eventrun.client import Client, Past, current_trial, open  # noqa: A004 - the documented name
 from eventrun.errors import (
+    AlreadyExists,
     AlreadyFinished,
     Ambiguous,
     Closed,
@@ -25,6 +26,7 @@ from eventrun.errors import (
     StoreUnavailable,
 )
 from eventrun.pending import Pending, Query
+from eventrun.subjects import Group, Project
 from eventrun.trial import Chrono, Trial
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from eventrun.query import Series
 
 __all__ = [
+    "AlreadyExists",
     "AlreadyFinished",
     "Ambiguous",
     "Chrono",
@@ -44,6 +47,7 @@ __all__ = [
     "Damage",
     "EventrunError",
     "FormatTooNew",
+    "Group",
     "InvalidType",
     "InvalidValue",
     "LogDamaged",
@@ -51,6 +55,7 @@ __all__ = [
     "NotFound",
     "Past",
     "Pending",
+    "Project",
     "Projection",
     "Query",
     "Ring",

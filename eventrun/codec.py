@@ -48,6 +48,9 @@ _MOST_EVENTS = 2**32 - 1  # of a msgpack array
 _raw_items = msgspec.msgpack.Decoder(list[tuple[int, list[Any]]])
 
 
+CLAIM_WRITER = 0  # of a subject's claim stream, appended to by compare-and-set
+
+
 class Stream(NamedTuple):
     """One subject's events by one writer. Writer 0 is the subject's claim stream, appended to by compare-and-set."""
 

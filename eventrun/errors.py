@@ -6,6 +6,7 @@ EventrunError
 ├── MissingExtra (ImportError)    an optional package is not installed; names the extra
 ├── Closed                        the client was closed before this call
 ├── AlreadyFinished               a trial was finished twice; says when it ended
+├── AlreadyExists                 a configuration was declared before; names its trial
 ├── NotFound (LookupError)        no trial, metric, group or store of that name; names near ones
 │   └── Ambiguous                 a prefix or name that fits several; names the candidates
 └── StoreError
@@ -45,6 +46,10 @@ class Closed(EventrunError):
 
 class AlreadyFinished(EventrunError):
     """A trial was finished twice."""
+
+
+class AlreadyExists(EventrunError):
+    """The same configuration was declared before."""
 
 
 class NotFound(EventrunError, LookupError):

@@ -4,7 +4,8 @@ Events are stored as arrays that begin with a short tag. They only grow: a new f
 changed meaning gets a new tag and an upcaster in `codec`. An event tells what was called, as it was called; what
 that means for a trial is decided by `projections`.
 
-A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<group>", "p/<project>", "s/<sweep id>".
+A subject is what a stream of events is about: "t/<trial id>", "g/<project>/<group>", "p/<project>", "s/<sweep id>",
+"c/<hash of a configuration>".
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ class ChronoFinished(_Event, frozen=True, tag="c."):
 
 
 class MetricsLogged(_Event, frozen=True, tag="m"):
-    """One log call. `late`: the writer had already finished the trial."""
+    """One log call. `late`: the writer had already finished the trial.
+
+    `key` is the caller's own step where that is no number (`compat.track`); `step` is None then.
+    """
 
     values: dict[str, Scalar]
     step: Step = None
@@ -92,6 +96,7 @@ class MetricsLogged(_Event, frozen=True, tag="m"):
     subset: str | None = None
     aggregator: AggregatorChoice | None = None
     late: bool = False
+    key: Plain = None
 
 
 class ParamsSet(_Event, frozen=True, tag="pa"):
@@ -155,6 +160,26 @@ class WriterEnded(_Event, frozen=True, tag="w."):
     last: int = 0
 
 
+class TrialRenamed(_Event, frozen=True, tag="rn"):
+    name: str
+
+
+class Hidden(_Event, frozen=True, tag="hi"):
+    """A trial, or a project with all its trials, is not to be shown; nothing is removed."""
+
+    reason: str = ""
+
+
+class Restored(_Event, frozen=True, tag="sh"):
+    """What was hidden is to be shown again."""
+
+
+class AttemptClaimed(_Event, frozen=True, tag="c+"):
+    """In a configuration's claim stream, whose n-th event it is: its n-th attempt is this trial."""
+
+    trial: str
+
+
 class Heartbeat(_Event, frozen=True, tag="hb"):
     """The writer lives. `every_s` is when to expect the next one."""
 
@@ -183,6 +208,10 @@ Event = (
     | TableAdded
     | WriterEnded
     | Heartbeat
+    | AttemptClaimed
+    | TrialRenamed
+    | Hidden
+    | Restored
 )
 EVENT_TYPES: tuple[type[_Event], ...] = get_args(Event)
 
@@ -209,8 +238,13 @@ def project_subject(project: str) -> str:
     return f"p/{quote(project, safe='')}"
 
 
+def configuration_subject(hashed: str) -> str:
+    """Name the stream subject of a configuration."""
+    return f"c/{hashed}"
+
+
 def split_subject(subject: str) -> tuple[str, ...]:
-    """Take a subject apart: ("t", id), ("g", project, group), ("p", project), ("s", id)."""
+    """Take a subject apart: ("t", id), ("g", project, group), ("p", project), ("s", id), ("c", hash)."""
     from urllib.parse import unquote
 
     kind, *names = subject.split("/")

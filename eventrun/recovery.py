@@ -16,7 +16,17 @@ from pathlib import Path
 from msgspec import Struct
 
 from eventrun.clock import time_ns
-from eventrun.codec import Batch, Stream, decode_items, digest, encode_item, items_of, payload_of, seal
+from eventrun.codec import (
+    CLAIM_WRITER,
+    Batch,
+    Stream,
+    decode_items,
+    digest,
+    encode_item,
+    items_of,
+    payload_of,
+    seal,
+)
 from eventrun.errors import Conflict, FormatTooNew, LogDamaged
 from eventrun.events import WriterEnded
 from eventrun.journal import (
@@ -32,7 +42,6 @@ from eventrun.journal import (
 from eventrun.journal.scan import Found, Recovered
 from eventrun.stores.base import Store, StoredBatch, Tip
 
-CLAIM_WRITER = 0  # a subject's claim stream, appended to by compare-and-set
 BATCH_BYTES = 1 << 20
 COMMIT_BYTES, COMMIT_BATCHES = 8 << 20, 1000
 FIRST_LOOK = 4096  # positions from the log's end in which a stream's last batches are looked for first

@@ -25,6 +25,7 @@ from msgspec import Struct, structs
 
 from eventrun import damage
 from eventrun.codec import (
+    CLAIM_WRITER,
     NO_DIGEST,
     Batch,
     Stream,
@@ -38,7 +39,7 @@ from eventrun.errors import FormatTooNew, LogDamaged, StoreUnavailable
 from eventrun.journal import has_ended, segments_in, state_of
 from eventrun.journal.scan import Found, Stretch, count_items, recover, stretches
 from eventrun.portal import Portal
-from eventrun.recovery import CLAIM_WRITER, note_ends
+from eventrun.recovery import note_ends
 from eventrun.stores.sqlite import SqliteStore
 from eventrun.stores.sqlite.mark import Mark
 from eventrun.stores.sqlite.pages import Place, RawLog

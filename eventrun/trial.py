@@ -15,32 +15,30 @@ from eventrun.codec import METRICS_TAG, checked_text, encode, metric_values, pla
 from eventrun.errors import AlreadyFinished, InvalidType, InvalidValue
 from eventrun.events import (
     AggregatorChoice,
-    ChartAdded,
     ChronoFinished,
     ChronoStarted,
-    DescriptionSet,
     Event,
     InputMarked,
     MetadataSet,
     MetricsLogged,
-    NoteAdded,
     OutputMarked,
     ParamsSet,
     Scalar,
     StatusChanged,
     Step,
     TagsAdded,
-    TagsRemoved,
     TrialCreated,
     TrialFinished,
+    TrialRenamed,
     TrialStarted,
     WriterEnded,
 )
+from eventrun.identity import configuration_hash
+from eventrun.subjects import Subject, checked_name, mapping_of, tags_of, text_of
 
 if TYPE_CHECKING:
     from eventrun.pending import Pending
 
-MAX_NAME_BYTES = 10_240  # of a project's, group's or trial's name, as UTF-8
 ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
 ID_LENGTH = 16  # 80 random bits: a first collision is likely at 10^12 trials
 
@@ -76,7 +74,7 @@ class Owner(Protocol):
         ...
 
 
-class Trial:
+class Trial(Subject):
     """One execution of one configuration. Made by `client.trial(...)`.
 
     All methods may be called from any thread, return at once, and fail only for values that can't be stored. As a
@@ -98,6 +96,7 @@ class Trial:
         self.group = group
         self.name = name
         self.resumed = resumed
+        self.attempt = 1  # the n-th trial of its configuration, see `client.declare`
         self._owner = owner
         self._record = recording.record
         self._recording = recording
@@ -146,7 +145,7 @@ class Trial:
                         UnicodeEncodeError,
                     ):  # a huge int or a lone surrogate: found by name below
                         pass
-        merged = named if values is None else {**_mapping(values, "metrics"), **named}
+        merged = named if values is None else {**mapping_of(values, "metrics"), **named}
         self._log(merged, step, epoch, subset, aggregator)
 
     def _log(self, values: Mapping[str, Any], step: Any, epoch: Any, subset: Any, aggregator: Any) -> None:
@@ -155,7 +154,7 @@ class Trial:
             flat,
             _step(step, "step"),
             _step(epoch, "epoch"),
-            None if subset is None else _name(subset, "subset"),
+            None if subset is None else checked_name(subset, "subset"),
             _choice(aggregator),
             self._finished is not None,
         )
@@ -165,7 +164,7 @@ class Trial:
 
     def chrono(self, name: str, *, aggregator: Any = None) -> Chrono:
         """Time a block: `with trial.chrono("epoch"): ...`, or `async with`. Nests, and may be used again."""
-        return Chrono(self, _name(name, "a chrono's name"), _choice(aggregator))
+        return Chrono(self, checked_name(name, "a chrono's name"), _choice(aggregator))
 
     # what is known about the trial ----------------------------------------------------------------------------
 
@@ -173,40 +172,9 @@ class Trial:
         self, params: Mapping[str, Any] | None = None, /, *, source: str = "call", **named: Any
     ) -> None:
         """Set params; nested mappings merge by key, all else replaces. `source` is shown beside each value."""
-        params = {**_mapping(params or {}, "params"), **named}
+        params = {**mapping_of(params or {}, "params"), **named}
         if params:
-            self._record(ParamsSet(plain(params, "params"), _name(source, "source")))
-
-    def set_metadata(self, metadata: Mapping[str, Any] | None = None, /, **named: Any) -> None:
-        """Set metadata by key."""
-        metadata = {**_mapping(metadata or {}, "metadata"), **named}
-        if metadata:
-            self._record(MetadataSet(plain(metadata, "metadata")))
-
-    def add_tags(self, *names: str, **tags: Any) -> None:
-        """Add tags: names alone, or with a value: `add_tags("good", owner="x")`."""
-        found: dict[str, Any] = {_name(name, "a tag"): None for name in names}
-        found.update({_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in tags.items()})
-        if found:
-            self._record(TagsAdded(found))
-
-    def remove_tags(self, *names: str) -> None:
-        """Remove tags; those that aren't there are ignored."""
-        if names:
-            self._record(TagsRemoved([_name(name, "a tag") for name in names]))
-
-    def set_description(self, description: str) -> None:
-        """Set the description."""
-        self._record(DescriptionSet(_text(description, "the description")))
-
-    def add_note(self, text: str) -> None:
-        """Add a note; notes are kept with their time."""
-        self._record(NoteAdded(_text(text, "the note")))
-
-    def add_chart(self, spec: Mapping[str, Any], name: str | None = None) -> None:
-        """Add a Vega or Vega-Lite specification."""
-        name = None if name is None else _name(name, "a chart's name")
-        self._record(ChartAdded(plain(_mapping(spec, "a chart"), "chart"), name))
+            self._record(ParamsSet(plain(params, "params"), checked_name(source, "source")))
 
     def add_input(self, ref: Any) -> None:
         """Mark what the trial uses: a text, URI or mapping. Marking the same again changes nothing."""
@@ -216,11 +184,17 @@ class Trial:
         """Mark what the trial makes: a text, URI or mapping. Marking the same again changes nothing."""
         self._record(OutputMarked(plain(ref, "output")))
 
+    def rename(self, name: str) -> None:
+        """Give it another name."""
+        name = checked_name(name, "the trial's name")
+        self._record(TrialRenamed(name))
+        self.name = name
+
     # its life -------------------------------------------------------------------------------------------------
 
     def set_status(self, status: str, error: BaseException | str | None = None) -> None:
         """Say how the trial is, in your own word; views map it to one of seven."""
-        self._record(StatusChanged(_name(status, "the status"), _error_text(error)))
+        self._record(StatusChanged(checked_name(status, "the status"), _error_text(error)))
 
     def start(self) -> None:
         """Record that the trial runs; `with` and the first `log` do so by themselves."""
@@ -228,7 +202,7 @@ class Trial:
 
     def finish(self, status: str = "completed", error: BaseException | str | None = None) -> None:
         """End the trial. Raises AlreadyFinished when it has ended."""
-        status, text = _name(status, "the status"), _error_text(error)
+        status, text = checked_name(status, "the status"), _error_text(error)
         with self._lock:
             if self._finished is not None:
                 was, when = self._finished
@@ -357,28 +331,40 @@ def active_trial() -> Trial | None:
 
 
 def creation_events(
-    trial: Trial, params: Any, tags: Any, metadata: Any, description: str, version: str | None
+    trial: Trial,
+    params: Any,
+    tags: Any,
+    metadata: Any,
+    description: str,
+    version: str | None,
+    attempt: int = 1,
 ) -> list[Event]:
     """Make the events that a new trial begins with; all values are checked before any is recorded."""
     events: list[Event] = [
-        TrialCreated(trial.project, trial.group, trial.name, _text(description, "the description"),
-                     None if version is None else _text(version, "the version"))
+        TrialCreated(trial.project, trial.group, trial.name, text_of(description, "the description"),
+                     None if version is None else text_of(version, "the version"), attempt)
     ]  # fmt: skip
     if params:
-        events.append(ParamsSet(plain(_mapping(params, "params"), "params")))
+        events.append(ParamsSet(plain(mapping_of(params, "params"), "params")))
     if tags:
-        named = tags if hasattr(tags, "items") else dict.fromkeys([tags] if isinstance(tags, str) else tags)
-        events.append(
-            TagsAdded({_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in named.items()})
-        )
+        events.append(TagsAdded(tags_of(tags)))
     if metadata:
-        events.append(MetadataSet(plain(_mapping(metadata, "metadata"), "metadata")))
+        events.append(MetadataSet(plain(mapping_of(metadata, "metadata"), "metadata")))
     return events
 
 
 def new_id() -> str:
     """Draw a trial's id: 80 random bits."""
-    bits = int.from_bytes(os.urandom(10), "big")
+    return _spelled(os.urandom(10))
+
+
+def id_of(identity: str) -> str:
+    """Make the id of a trial that is the same wherever this identity is named, see `client.declare`."""
+    return _spelled(bytes.fromhex(configuration_hash(identity))[:10])
+
+
+def _spelled(ten_bytes: bytes) -> str:
+    bits = int.from_bytes(ten_bytes, "big")
     return "".join(ID_ALPHABET[bits >> shift & 31] for shift in range(75, -1, -5))
 
 
@@ -386,32 +372,6 @@ def default_name(trial_id: str) -> str:
     """Make a name that people can say from an id: "calm-otter-7f3"."""
     number = int.from_bytes(trial_id.encode(), "big")
     return f"{_ADJECTIVES[number % 64]}-{_ANIMALS[number // 64 % 64]}-{trial_id[:3]}"
-
-
-def checked_name(value: Any, what: str) -> str:
-    """Check a project's, group's, trial's, tag's or chrono's name: text, not blank, at most MAX_NAME_BYTES."""
-    return _name(value, what)
-
-
-def _name(value: Any, what: str) -> str:
-    text = _text(value, what)
-    if not text or text.isspace():
-        raise InvalidValue(f"{what} is empty; give it at least one letter")
-    if len(text) > MAX_NAME_BYTES // 4 and len(text.encode()) > MAX_NAME_BYTES:
-        raise InvalidValue(f"{what} has {len(text.encode()):,} bytes; at most {MAX_NAME_BYTES:,} are kept")
-    return text
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise InvalidType(f"{what} is {type(value).__qualname__}, not text")
-    return checked_text(str(value), what)
-
-
-def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if not hasattr(value, "items"):
-        raise InvalidType(f"{what} are a mapping of names to values, not {type(value).__qualname__}")
-    return dict(value.items())
 
 
 def _step(value: Any, what: str) -> Step:

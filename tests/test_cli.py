@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -140,7 +141,7 @@ def test_each_verb_has_help_and_an_example(verb: str, run: Run) -> None:
     _, _, examples = shown.out.partition("example")
     assert re.search(rf"^  eventrun (--store \S+ )?{verb}\b", examples, re.MULTILINE)
     for example in VERBS[verb].examples:
-        words = re.split(r" [|>] ", example)[0].split()
+        words = shlex.split(re.split(r" (?:[|]|> \S+$)", example)[0])
         assert parse(words[1:]).run
 
 
@@ -230,6 +231,10 @@ def test_ls_chooses_sorts_and_limits(run: Run) -> None:
     assert names("--project", "beta") == list(NAMES[:2:-1])
     assert names("--status", "failed") == list(NAMES[:2:-1])
     assert names("--tag", "good") == ["plain"]
+    assert names("--where", "'good' in tags and status == 'completed'") == ["plain"]
+    refused = run("ls", "--where", "name.upper() == 'X'")
+    assert refused.code == 2
+    assert refused.err.splitlines()[1:] == ["  name.upper() == 'X'", "  ^"]
     assert names("--name", NAMES[1]) == [NAMES[1]]
     assert names("--group", "none") == []
 

@@ -393,7 +393,7 @@ def test_json_as_it_is_written() -> None:
     assert event_to_json(event) == {
         "kind": "MetricsLogged",
         "values": {"a": {"$f": "nan"}, "b": {"$f": "-inf"}, "c": 1},
-        "step": 3, "epoch": None, "subset": None, "aggregator": None, "late": False,
+        "step": 3, "epoch": None, "subset": None, "aggregator": None, "late": False, "key": None,
     }  # fmt: skip
     assert to_json({"x": b"\0\xff"}) == {"x": {"$b": "AP8="}}
 

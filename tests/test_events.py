@@ -36,7 +36,7 @@ def test_tags_differ_and_the_union_is_complete() -> None:
         len({kind.__struct_config__.tag for kind in EVENT_TYPES})
         == len(EVENT_TYPES)
         == len(get_args(Event))
-        == 21
+        == 25
     )
 
 

@@ -153,6 +153,10 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
         ev.WriterEnded, st.sampled_from([A, B]), TIMES, st.sampled_from(["lost", "killed"]), st.integers(0, 9)
     ),
     st.builds(ev.Heartbeat, st.just(10.0)),
+    st.builds(ev.TrialRenamed, TEXTS),
+    st.builds(ev.Hidden, TEXTS),
+    st.builds(ev.Restored),
+    st.builds(ev.AttemptClaimed, TEXTS),
     st.builds(ev.ProjectCreated, TEXTS),
     st.builds(ev.GroupCreated, TEXTS, TEXTS),
 )

@@ -31,7 +31,7 @@ def run(command: list[str], folder: Path) -> str:
 def test_all_code_runs_in_order(tmp_path: Path) -> None:
     """Every Python block, then every eventrun command, runs in one empty folder, top to bottom."""
     python = blocks("python")
-    assert len(python) == 4
+    assert len(python) == 7
     for code in python:
         assert run([sys.executable, "-W", "error", "-c", code], tmp_path).strip()
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("eventrun ")]

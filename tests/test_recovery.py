@@ -19,14 +19,14 @@ import pytest
 
 import eventrun
 from eventrun import recovery
-from eventrun.codec import Batch, ChainChecker, Stream, digest, encode, items_of, seal
+from eventrun.codec import CLAIM_WRITER, Batch, ChainChecker, Stream, digest, encode, items_of, seal
 from eventrun.errors import StoreUnavailable
 from eventrun.events import Event, NoteAdded, WriterEnded
 from eventrun.journal import segments_in
 from eventrun.journal.scan import Found
 from eventrun.portal import Portal
 from eventrun.recorder import Recorder, Recording
-from eventrun.recovery import CLAIM_WRITER, RecoveryReport, recover_dead_writers
+from eventrun.recovery import RecoveryReport, recover_dead_writers
 from eventrun.stores.base import READ_BYTES, Store, StoredBatch, Tip
 from eventrun.stores.memory import MemoryStore
 from eventrun.stores.sqlite import SqliteStore

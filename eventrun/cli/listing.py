@@ -22,18 +22,21 @@ MOST_METRICS = 3  # columns of metrics, unless they are named
 _RANKS = (1, 4, 5)  # of these
 ID_LETTERS = 8  # shown of an id: 40 of its 80 random bits
 
-OF_TRIALS = ("group", "status", "tag", "name", "sort", "limit", "metric")
+OF_TRIALS = ("where", "group", "status", "tag", "name", "sort", "limit", "metric")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", choices=("trials", "groups", "projects"), default="trials",
                         help="what to list (default: trials)")  # fmt: skip
+    parser.add_argument("--where", metavar="FILTER", help="only trials for which this holds, like "
+                        "\"params.lr < 0.1 and 'baseline' in tags\"")  # fmt: skip
     parser.add_argument("--project", help="only those of this project")
     parser.add_argument("--group", help="only trials of this group")
     parser.add_argument("--status", help="only trials that are created, running, suspended, completed, failed, "
                         "interrupted or lost")  # fmt: skip
     parser.add_argument("--tag", help="only trials with this tag")
     parser.add_argument("--name", help="only trials of this name")
+    parser.add_argument("--hidden", action="store_true", help="the hidden ones too")
     parser.add_argument("--sort", metavar="KEY", help="created (the default: newest first), name, params.NAME, "
                         "metrics.NAME.last, ...; a - in front reverses")  # fmt: skip
     parser.add_argument(
@@ -61,9 +64,9 @@ def ls(arguments: argparse.Namespace) -> int:
             )
     with reading(arguments) as source:
         if arguments.what == "groups":
-            _list_groups(arguments, list(source.reads.groups(arguments.project)))
+            _list_groups(arguments, list(source.reads.groups(arguments.project, hidden=arguments.hidden)))
         elif arguments.what == "projects":
-            _list_projects(arguments, list(source.reads.projects()))
+            _list_projects(arguments, list(source.reads.projects(hidden=arguments.hidden)))
         else:
             _list_trials(arguments, source)
     return 0
@@ -75,7 +78,8 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
         limit = MOST_TRIALS if terminal.cells() is not None and not arguments.json else 0
     query = source.reads.trials(
         project=arguments.project, group=arguments.group, status=arguments.status, tag=arguments.tag,
-        name=arguments.name, order_by=arguments.sort or "-created", limit=limit + 1 if limit else None,
+        name=arguments.name, where=arguments.where, order_by=arguments.sort or "-created",
+        limit=limit + 1 if limit else None, hidden=arguments.hidden,
     )  # fmt: skip
     if arguments.json:
         terminal.show_json([trial.to_dict() for trial in islice(query, limit or None)])
@@ -84,7 +88,7 @@ def _list_trials(arguments: argparse.Namespace, source: Source) -> None:
     more = bool(limit) and len(trials) > limit
     trials = trials[:limit] if more else trials
     if not trials:
-        chosen = any(getattr(arguments, name) for name in ("project", "group", "status", "tag", "name"))
+        chosen = any(getattr(arguments, name) for name in ("where", "project", *OF_TRIALS[1:5]))
         terminal.say(
             "no trial is like that; all of them: eventrun ls" if chosen else "the store holds no trial yet"
         )

@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Verb]] = {
             "list trials, projects or groups",
             (
                 "eventrun ls --project iris --status failed",
+                "eventrun ls --where \"metrics['val/loss'].last < 0.1 and params.lr in (0.1, 0.01)\"",
                 "eventrun ls --sort -metrics.val/loss.last --limit 5",
                 "eventrun ls groups --json",
             ),
@@ -61,6 +62,17 @@ SECTIONS: dict[str, dict[str, Verb]] = {
             "go back: ls, show, history or events as of then",
             ("eventrun at 2025-11-21T12:30 ls", "eventrun at 5000 show rate-0.1"),
         ),
+    },
+    "Change": {
+        "mv": Verb("editing", "give a trial another name", ("eventrun mv rate-0.1 baseline",)),
+        "rm": Verb(
+            "editing",
+            "hide trials, or a project; nothing is removed",
+            ("eventrun rm rate-10", "eventrun rm --where \"status == 'failed'\" --dry-run"),
+        ),
+        "restore": Verb("editing", "show again what was hidden", ("eventrun restore rate-10",)),
+        "tag": Verb("editing", "add and remove tags", ("eventrun tag @latest good owner=ann --remove bad",)),
+        "note": Verb("editing", "add a note to a trial", ("eventrun note @latest 'learns best so far'",)),
     },
     "Move": {
         "export": Verb(

@@ -15,34 +15,45 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eventrun import damage, exits
-from eventrun.client.checks import TrialLike, check_between, check_choice, checked_id, key_of
+from eventrun.client import claims
+from eventrun.client.checks import TrialLike, check_between, check_choice, checked_id, key_of, parsed
 from eventrun.client.ending import Ending, block_for_people, say
 from eventrun.client.lost import as_lost, lost_trials, may_recover
 from eventrun.client.past import Past
 from eventrun.clock import monotonic_ns
-from eventrun.codec import Batch, Stream
+from eventrun.codec import Batch, Stream, plain
 from eventrun.config import Settings, load_settings
 from eventrun.errors import Closed, InvalidValue, LogDamaged, NotFound, StoreError, StoreUnavailable
-from eventrun.events import GroupCreated, ProjectCreated, group_subject, project_subject, trial_subject
+from eventrun.events import (
+    Event,
+    GroupCreated,
+    ProjectCreated,
+    group_subject,
+    project_subject,
+    trial_subject,
+)
 from eventrun.filesystems import cache_folder, file_system
+from eventrun.identity import configuration_hash
 from eventrun.pending import Page, Pending, Query
 from eventrun.portal import Portal, aside
 from eventrun.recorder import CLOSE_STORE_S, NO_FINISH, Recorder, Statistics
 from eventrun.recovery import RecoveryReport
 from eventrun.stores import open_store
 from eventrun.stores.base import READ_BYTES, StoredBatch, Tip
+from eventrun.subjects import Group, Project, Subject, checked_name, text_of, told_events
 from eventrun.trial import (
     Trial,
     active_trial,
-    checked_name,
     creation_events,
     default_name,
+    id_of,
     new_id,
 )
 
 if TYPE_CHECKING:
     from eventrun.codec import StoredEvent
     from eventrun.damage import Damage
+    from eventrun.filters import Where
     from eventrun.journal import JournalReport
     from eventrun.projections import GroupState, Projection, ProjectState, TrialState
     from eventrun.projector import VerifyReport
@@ -142,6 +153,212 @@ class Client:
             self._resumed.append(trial_id)
         return trial
 
+    def edit(self, trial: TrialLike) -> Pending[Trial]:
+        """Give a handle to tell something about a trial that is there, without running it.
+
+        Raises NotFound, Ambiguous.
+        """
+        key = key_of(trial)
+
+        def find() -> Trial:
+            found = self._reader().trial(key)
+            return self.trial(found.project, group=found.group, name=found.name or None, resume=found.id)
+
+        return self._ask(True, find)
+
+    def declare(
+        self,
+        project: str,
+        *,
+        group: str = "",
+        name: str | None = None,
+        params: Mapping[str, Any] | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        description: str = "",
+        version: str | None = None,
+        if_exists: str = "none",
+        identity: str | None = None,
+        attempt: int | None = None,
+    ) -> Pending[Trial | None]:
+        """Begin a trial unless its configuration was declared before, by whomever: one of many processes gets it.
+
+        The configuration is project, group, name, version and params, in any order of keys; types are kept apart.
+        When it exists the answer is None, or with `if_exists="error"` AlreadyExists is raised; "attempt" begins its
+        next attempt. The trial is durable before the answer comes; it is created, and runs when it is started.
+        With `identity`, that text is what makes it the same, instead of its configuration, and gives it its id;
+        `attempt` is then which attempt it is, if one that somebody else has counted (see `compat.track`).
+        """
+        if if_exists not in claims.IF_EXISTS:
+            raise InvalidValue(f"if_exists={if_exists!r}: it is one of {', '.join(claims.IF_EXISTS)}")
+        project = checked_name(project, "the project's name")
+        group = checked_name(group, "the group's name") if group else ""
+        named = None if name is None else checked_name(name, "the trial's name")
+        trial_id = new_id() if identity is None else id_of(text_of(identity, "the identity"))
+        check_choice({"attempt": attempt})
+        trial = Trial(
+            self, self._recorder.stream(trial_subject(trial_id)), trial_id, project, group,
+            default_name(trial_id) if named is None else named, resumed=False,
+        )  # fmt: skip
+
+        def creation(number: int) -> list[Event]:
+            number = number if attempt is None else attempt
+            return creation_events(trial, params, tags, metadata, description, version, number)
+
+        creation(1)  # what can't be stored fails here, where it was passed
+        configuration = project, group, named, version, plain(dict(params or {}), "params")
+        hashed = configuration_hash(*(configuration if identity is None else ("identity", identity)))
+        self._check_open()
+
+        def claim() -> Trial | None:
+            number = claims.claim_attempt(self._claiming(), hashed, trial_id, if_exists, creation)
+            if number is None:
+                return None
+            trial.attempt = number if attempt is None else attempt
+            self._create_places(project, group)
+            exits.watch(self)
+            self._trials[id(trial)] = trial
+            self._made.append(trial_id)
+            return trial
+
+        return self._portal.read(claim)
+
+    def project(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Project:
+        """Give a project to tell something about, created now if need be; what is given here is told at once."""
+        name = checked_name(name, "the project's name")
+        project = Project(name, self._recorder.stream(project_subject(name)).record)
+        self._tell_about(project, name, "", description, tags, metadata)
+        return project
+
+    def group(
+        self,
+        project: str,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Group:
+        """Give a group to tell something about, created now if need be; what is given here is told at once."""
+        project = checked_name(project, "the project's name")
+        name = checked_name(name, "the group's name")
+        group = Group(project, name, self._recorder.stream(group_subject(project, name)).record)
+        self._tell_about(group, project, name, description, tags, metadata)
+        return group
+
+    def _tell_about(
+        self, subject: Subject, project: str, group: str, description: str | None, tags: Any, metadata: Any
+    ) -> None:
+        told = told_events(description, tags, metadata)  # all is checked before any is recorded
+        self._check_open()
+        self._create_places(project, group)
+        exits.watch(self)
+        for event in told:
+            subject.record(event)
+
+    def declare_project(
+        self,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Pending[bool]:
+        """Create a project unless it exists; True for the one, of many at once, that created it."""
+        checked_name(name, "the project's name")
+        return self._declare(
+            project_subject(name), ProjectCreated(name), told_events(description, tags, metadata)
+        )
+
+    def declare_group(
+        self,
+        project: str,
+        name: str,
+        *,
+        description: str | None = None,
+        tags: Iterable[str] | Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Pending[bool]:
+        """Create a group unless it exists; True for the one, of many at once, that created it."""
+        checked_name(project, "the project's name")
+        checked_name(name, "the group's name")
+        told = told_events(description, tags, metadata)
+        self._check_open()
+        self._create_places(project, "")
+        exits.watch(self)
+        return self._declare(group_subject(project, name), GroupCreated(project, name), told)
+
+    def _declare(self, subject: str, created: Event, told: list[Event]) -> Pending[bool]:
+        self._known.add(subject)
+        return self._ask(True, lambda: claims.claim_subject(self._claiming(), subject, [created, *told]))
+
+    def update_trial(
+        self,
+        where: Where,
+        method: str | Callable[[TrialState, Trial], object],
+        /,
+        *arguments: Any,
+        **named: Any,
+    ) -> Pending[TrialState]:
+        """Do something to the first trial for which a filter holds, so that of many processes one gets it.
+
+        `method` is that of a trial that records something about it, like `update_trial("status == 'created'",
+        "set_status", "running")`. Gives the trial's state afterwards. Atomic towards other calls of this method and
+        of `release_lost`; what the trial's own process records meanwhile doesn't hinder it. Raises NotFound.
+
+        Instead of a method it may be a function of a trial's state and of a handle to record with; a trial for which
+        it records nothing is passed by. It is called on another thread, perhaps again, and must not ask this client.
+        """
+        condition = parsed({} if where is None else where)
+        assert condition is not None
+        events = claims.what_to_record(method, arguments, named)
+        return self._ask(
+            True, lambda: claims.update_first(self._claiming(), self._reader(), condition, events)
+        )
+
+    def update_group(
+        self, change: Callable[[GroupState, Group], object], *, project: str | None = None
+    ) -> Pending[GroupState]:
+        """Do something to the first group for which a function records something; of many processes one gets it.
+
+        As `update_trial` with a function. Raises NotFound.
+        """
+        check_choice({"project": project})
+        return self._ask(
+            True,
+            lambda: claims.update_first_group(
+                self._claiming(), self._reader(), project, lambda state: claims.events_of_group(change, state)
+            ),
+        )
+
+    def release_lost(
+        self, *, older_than: float = 0.0, project: str | None = None
+    ) -> Pending[list[TrialState]]:
+        """Give back the trials of workers that are gone: their status becomes "created" again, to be taken anew.
+
+        Those are the lost ones, and of the running ones those that nothing was recorded of for `older_than` seconds
+        (0: none of them; a living trial records a heartbeat every 10 s). Each is given back once, whoever else tries.
+        """
+        if type(older_than) not in (int, float) or not 0 <= older_than < 1e9:
+            raise InvalidValue(f"older_than={older_than!r}: it is a number of seconds from 0 on")
+        check_choice({"project": project})
+        return self._ask(True, lambda: claims.release(self._claiming(), self._reader(), older_than, project))
+
+    def _claiming(self) -> claims.Log:
+        store, wait = self._recorder.store, self._portal.call
+        return claims.Log(
+            lambda batches, expected: wait(store.append, batches, expected).result(),
+            lambda stream: wait(store.tip, stream).result(),
+            self._read_log,
+        )
+
     def _create_places(self, project: str, group: str) -> None:
         for subject, event in (
             (project_subject(project), ProjectCreated(project)),
@@ -201,20 +418,28 @@ class Client:
         status: str | None = None,
         tag: str | None = None,
         name: str | None = None,
+        where: Where = None,
+        hidden: bool = False,
         order_by: str | None = None,
         limit: int | None = None,
         offset: int = 0,
         fresh: bool = True,
     ) -> Query[TrialState]:
-        """Ask for trials. `order_by`: "created" (the default), "metrics.loss.last", "params.lr", ...; "-" reverses."""
+        """Ask for trials, with `hidden` for the hidden ones too. `where` is a filter, see `eventrun.filters`.
+
+        `order_by`: "created" (the default), "metrics.loss.last", "params.lr", ...; "-" reverses.
+        """
         chosen: dict[str, Any] = {
             "project": project, "group": group, "status": status, "tag": tag, "name": name,
             "order_by": order_by, "limit": limit,
         }  # fmt: skip
         check_choice({**chosen, "offset": offset})
+        condition = parsed(where)
 
         def page(cursor: Any) -> Page[TrialState]:
-            found, following = self._reader().trials(cursor, offset=offset, fresh=fresh, **chosen)
+            found, following = self._reader().trials(
+                cursor, where=condition, hidden=hidden, offset=offset, fresh=fresh, **chosen
+            )
             return [as_lost(state, self._lost) for state in found], following
 
         return self._pages(fresh, page, 0)
@@ -241,15 +466,21 @@ class Client:
             fresh, lambda: self._reader().history(key, metric, points=points, between=between, fresh=fresh)
         )
 
-    def groups(self, project: str | None = None, *, fresh: bool = True) -> Query[GroupState]:
+    def groups(
+        self, project: str | None = None, *, hidden: bool = False, fresh: bool = True
+    ) -> Query[GroupState]:
         """Ask for groups, with a summary of their trials."""
         return self._pages(
-            fresh, lambda cursor: self._reader().groups(cursor, project=project, fresh=fresh), 0
+            fresh,
+            lambda cursor: self._reader().groups(cursor, project=project, hidden=hidden, fresh=fresh),
+            0,
         )
 
-    def projects(self, *, fresh: bool = True) -> Query[ProjectState]:
+    def projects(self, *, hidden: bool = False, fresh: bool = True) -> Query[ProjectState]:
         """Ask for projects, with a summary of their trials."""
-        return self._pages(fresh, lambda cursor: self._reader().projects(cursor, fresh=fresh), 0)
+        return self._pages(
+            fresh, lambda cursor: self._reader().projects(cursor, hidden=hidden, fresh=fresh), 0
+        )
 
     def events(
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None, fresh: bool = True

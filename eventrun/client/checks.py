@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eventrun.codec import checked_text
 from eventrun.errors import InvalidType, InvalidValue
 from eventrun.trial import ID_ALPHABET, ID_LENGTH
+
+if TYPE_CHECKING:
+    from eventrun.filters import Condition, Where
 
 TrialLike = Any  # a Trial, a TrialState, an id, a unique prefix, a name or "@latest"
 
@@ -19,7 +22,7 @@ def key_of(trial: TrialLike) -> str:
     return checked_text(key, "the trial's name")
 
 
-_COUNTS = frozenset({"limit", "offset", "after", "points", "position"})
+_COUNTS = frozenset({"limit", "offset", "after", "points", "position", "attempt"})
 
 
 def check_choice(chosen: dict[str, Any]) -> None:
@@ -51,6 +54,15 @@ def check_between(between: Any) -> None:
 
 def _is_number(bound: Any) -> bool:
     return isinstance(bound, (int, float)) and not isinstance(bound, bool) and bound == bound
+
+
+def parsed(where: Where) -> Condition | None:
+    """Read a filter at the call that gives it. Raises InvalidValue, InvalidType."""
+    if where is None:
+        return None
+    from eventrun.filters import parse
+
+    return parse(where)
 
 
 def checked_id(trial_id: Any, what: str = "resume=") -> str:

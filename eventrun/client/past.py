@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from eventrun.client.checks import TrialLike, check_between, check_choice, key_of
+from eventrun.client.checks import TrialLike, check_between, check_choice, key_of, parsed
 from eventrun.pending import Pending, Query
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class Past:
 
     def trials(self, **chosen: Any) -> Query[TrialState]:
         """Ask for trials, as `Client.trials`."""
-        offset = chosen.pop("offset", 0)
-        return self._client._pages(True, lambda cursor: self._at().trials(cursor, offset=offset, **chosen), 0)
+        chosen["where"] = parsed(chosen.get("where"))
+        return self._client._pages(True, lambda cursor: self._at().trials(cursor, **chosen), 0)
 
     def get(self, trial: TrialLike) -> Pending[TrialState]:
         """Ask for one trial, as `Client.get`."""
@@ -48,13 +48,15 @@ class Past:
             True, lambda: self._at().history(key, metric, points=points, between=between)
         )
 
-    def groups(self, project: str | None = None) -> Query[GroupState]:
+    def groups(self, project: str | None = None, *, hidden: bool = False) -> Query[GroupState]:
         """Ask for groups, as `Client.groups`."""
-        return self._client._pages(True, lambda cursor: self._at().groups(cursor, project=project), 0)
+        return self._client._pages(
+            True, lambda cursor: self._at().groups(cursor, project=project, hidden=hidden), 0
+        )
 
-    def projects(self) -> Query[ProjectState]:
+    def projects(self, *, hidden: bool = False) -> Query[ProjectState]:
         """Ask for projects, as `Client.projects`."""
-        return self._client._pages(True, lambda cursor: self._at().projects(cursor), 0)
+        return self._client._pages(True, lambda cursor: self._at().projects(cursor, hidden=hidden), 0)
 
     def events(
         self, after: int = 0, *, trial: TrialLike = None, limit: int | None = None

@@ -9,14 +9,17 @@ from msgspec import Struct
 from eventrun.events import (
     ChartAdded,
     DescriptionSet,
+    Hidden,
     InputMarked,
     MetadataSet,
     NoteAdded,
     OutputMarked,
     Plain,
+    Restored,
     TableAdded,
     TagsAdded,
     TagsRemoved,
+    TrialRenamed,
 )
 from eventrun.projections.params import merged
 
@@ -30,6 +33,9 @@ Told: TypeAlias = (
     | TableAdded
     | InputMarked
     | OutputMarked
+    | TrialRenamed
+    | Hidden
+    | Restored
 )
 
 
@@ -67,6 +73,8 @@ class About(Struct, array_like=True, gc=False):
     tables: list[Table] = []
     inputs: list[Plain] = []
     outputs: list[Plain] = []
+    name: str | None = None  # that a trial was given later
+    hidden: bool = False
 
     def apply(self, time_ns: int, event: Told) -> None:
         """Take in the next event."""
@@ -90,6 +98,12 @@ class About(Struct, array_like=True, gc=False):
                 _mark(self.inputs, event.ref)
             case OutputMarked():
                 _mark(self.outputs, event.ref)
+            case TrialRenamed():
+                self.name = event.name
+            case Hidden():
+                self.hidden = True
+            case Restored():
+                self.hidden = False
 
     def _chart(self, chart: Chart) -> None:
         for place, known in enumerate(self.charts):

@@ -12,6 +12,9 @@ the trial's last start, by whomever, counts no more, so a resumed trial runs aga
    resumed trial whose client closed), it is interrupted.
 3. Else it is as the last statement said.
 
+What stands in the claim stream (writer 0) was said by compare-and-set, by someone who had seen all before it: like a
+start it makes what was said before count no more. So a failed trial may be set back to created.
+
 "Last" is by (time_ns, writer, sequence), so the order in which the writers' batches arrive doesn't matter.
 """
 
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from eventrun.codec import CLAIM_WRITER
 from eventrun.events import StatusChanged, TrialFinished, WriterEnded
 
 CREATED, RUNNING, SUSPENDED = "created", "running", "suspended"
@@ -126,6 +130,9 @@ def judge(writers: dict[int, Writer]) -> Verdict:
     begun = max(
         (writer.begun_ns for writer in writers.values() if writer.begun_ns is not None), default=_EVER
     )
+    claimed = writers.get(CLAIM_WRITER)
+    if claimed is not None and claimed.said is not None:
+        begun = max(begun, claimed.said.time_ns)
     said = [
         (writer.said.time_ns, name, writer.said)
         for name, writer in writers.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import fsum, isfinite, sqrt
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,12 +12,14 @@ from msgspec import Struct, field
 
 from eventrun.codec import StoredEvent
 from eventrun.events import (
+    AttemptClaimed,
     ChartAdded,
     ChronoFinished,
     ChronoStarted,
     DescriptionSet,
     GroupCreated,
     Heartbeat,
+    Hidden,
     InputMarked,
     MetadataSet,
     MetricsLogged,
@@ -25,6 +28,7 @@ from eventrun.events import (
     ParamsSet,
     Plain,
     ProjectCreated,
+    Restored,
     Scalar,
     StatusChanged,
     TableAdded,
@@ -32,6 +36,7 @@ from eventrun.events import (
     TagsRemoved,
     TrialCreated,
     TrialFinished,
+    TrialRenamed,
     TrialStarted,
     WriterEnded,
 )
@@ -79,12 +84,12 @@ class SubjectFold(Struct, array_like=True, gc=False):
                 return self
             case (
                 DescriptionSet() | TagsAdded() | TagsRemoved() | MetadataSet() | NoteAdded()
-                | ChartAdded() | TableAdded() | InputMarked() | OutputMarked()
+                | ChartAdded() | TableAdded() | InputMarked() | OutputMarked() | TrialRenamed() | Hidden() | Restored()
             ):  # fmt: skip
                 return self._tell(time_ns, event)
             case (
                 TrialCreated() | TrialStarted() | TrialFinished() | StatusChanged() | ChronoStarted()
-                | ChronoFinished() | MetricsLogged() | ParamsSet() | WriterEnded() | Heartbeat()
+                | ChronoFinished() | MetricsLogged() | ParamsSet() | WriterEnded() | Heartbeat() | AttemptClaimed()
             ):  # fmt: skip
                 return self
 
@@ -114,11 +119,31 @@ _encoder = msgspec.msgpack.Encoder()
 _folds = msgspec.msgpack.Decoder(SubjectFold)
 
 
+class Spread(Struct, array_like=True, gc=False, frozen=True):
+    """How the last values of a metric that are finite numbers lie over several trials; `sd` of the population."""
+
+    count: int
+    mean: float
+    sd: float
+    min: Number
+    max: Number
+
+
+class Attempts(Struct, array_like=True, gc=False, frozen=True):
+    """Several trials of one configuration: their ids, and for each metric the spread of its last values."""
+
+    params: dict[str, Any]
+    version: str | None
+    trials: tuple[str, ...]
+    metrics: dict[str, Spread]
+
+
 class _Summary(Struct, array_like=True, gc=False, frozen=True, kw_only=True):
     project: str
     description: str
     tags: dict[str, Any]
     metadata: dict[str, Any]
+    hidden: bool
     notes: tuple[Note, ...]
     charts: tuple[Chart, ...]
     created_ns: int | None
@@ -130,6 +155,7 @@ class _Summary(Struct, array_like=True, gc=False, frozen=True, kw_only=True):
     params_varying: dict[str, list[Plain]]
     best: dict[str, dict[str, Held]]
     last: dict[str, Held]
+    attempts: tuple[Attempts, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values."""
@@ -144,14 +170,17 @@ class GroupState(_Summary, array_like=True, gc=False, frozen=True, kw_only=True)
     VARYING_VALUES of each. `best` tells for each metric the lowest ("min") and highest ("max") number of any trial,
     `last` the last value of the trial modified last; each with the trial's id. `started_ns` is the first start,
     `finished_ns` the last finish, None while a trial runs or none has finished. `modified_ns` is the latest change of
-    group or trials.
+    group or trials. `attempts` has the configurations (params and version) that were tried more than once.
     """
 
     name: str
 
 
 class ProjectState(_Summary, array_like=True, gc=False, frozen=True, kw_only=True):
-    """A project as it is read back; its fields are as in `GroupState`. `groups` maps a group's name to its trials."""
+    """A project as it is read back; its fields are as in `GroupState`. `groups` maps a group's name to its trials.
+
+    When it is `hidden`, so are all its trials.
+    """
 
     groups: dict[str, int]
 
@@ -181,6 +210,7 @@ def _summary(own: SubjectFold | None, project: str, trials: list[TrialState]) ->
         "description": about.description or "",
         "tags": dict(about.tags),
         "metadata": about.metadata,
+        "hidden": about.hidden,
         "notes": tuple(about.notes),
         "charts": tuple(about.charts),
         "created_ns": own.created_ns if own else None,
@@ -194,6 +224,7 @@ def _summary(own: SubjectFold | None, project: str, trials: list[TrialState]) ->
         "params_varying": _varying(trials),
         "best": _best(trials),
         "last": _last(trials),
+        "attempts": _attempts(trials),
     }
 
 
@@ -236,6 +267,35 @@ def _best(trials: list[TrialState]) -> dict[str, dict[str, Held]]:
             if name not in highs or metric.max > highs[name][0]:
                 highs[name] = metric.max, trial.id
     return {name: {"min": Held(*lows[name]), "max": Held(*highs[name])} for name in sorted(lows)}
+
+
+def _attempts(trials: list[TrialState]) -> tuple[Attempts, ...]:
+    alike: dict[bytes, list[TrialState]] = {}
+    for trial in trials:
+        key = msgspec.msgpack.encode((trial.params, trial.version), order="sorted")
+        alike.setdefault(key, []).append(trial)
+    return tuple(
+        Attempts(some[0].params, some[0].version, tuple(trial.id for trial in some), _spreads(some))
+        for some in alike.values()
+        if len(some) > 1
+    )
+
+
+def _spreads(trials: list[TrialState]) -> dict[str, Spread]:
+    values: dict[str, list[Number]] = {}
+    for trial in trials:
+        for name, metric in trial.metrics.items():
+            if isinstance(metric.last, (int, float)) and isfinite(metric.last):
+                values.setdefault(name, []).append(metric.last)
+    return {name: _spread(some) for name, some in sorted(values.items())}
+
+
+def _spread(values: list[Number]) -> Spread:
+    count = len(values)
+    mean = fsum(value / count for value in values)
+    largest = max(abs(value - mean) for value in values) or 1.0  # or squares of 1e200 would overflow
+    sd = largest * sqrt(fsum(((value - mean) / largest) ** 2 for value in values) / count)
+    return Spread(count, mean, sd, min(values), max(values))
 
 
 def _last(trials: list[TrialState]) -> dict[str, Held]:

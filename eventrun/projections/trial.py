@@ -10,12 +10,14 @@ from msgspec import Struct, field, structs
 
 from eventrun.codec import StoredEvent
 from eventrun.events import (
+    AttemptClaimed,
     ChartAdded,
     ChronoFinished,
     ChronoStarted,
     DescriptionSet,
     GroupCreated,
     Heartbeat,
+    Hidden,
     InputMarked,
     MetadataSet,
     MetricsLogged,
@@ -24,12 +26,14 @@ from eventrun.events import (
     ParamsSet,
     Plain,
     ProjectCreated,
+    Restored,
     StatusChanged,
     TableAdded,
     TagsAdded,
     TagsRemoved,
     TrialCreated,
     TrialFinished,
+    TrialRenamed,
     TrialStarted,
     WriterEnded,
 )
@@ -40,7 +44,7 @@ from eventrun.projections.params import ParamSource, merged, remember
 from eventrun.projections.rows import Rows, Slice, rows_of
 from eventrun.projections.status import Writer, judge
 
-TRIALS_VERSION = 2  # raise it when a fold changes its meaning or its bytes: every view is then built anew
+TRIALS_VERSION = 3  # raise it when a fold changes its meaning or its bytes: every view is then built anew
 
 _UNKNOWN = TrialCreated("", "", "")
 
@@ -52,7 +56,8 @@ class TrialState(Struct, array_like=True, gc=False, frozen=True):
     nested as they were set, a later mapping merged into the earlier. `finished_ns` is None while it runs, and when it
     is lost. `modified_ns` is the latest time of its events. `duration_s` is the time from its first start to its
     finish, or to `modified_ns`: measured by the monotonic clock if it was started once and has finished, else the
-    difference of two times and at least what was measured. `late` counts what was recorded after its writer had
+    difference of two times and at least what was measured. `hidden`: it isn't shown
+    unless asked for. `late` counts what was recorded after its writer had
     finished the trial (and is kept like all else), `events` all events, `position` is where the last of them stands in
     the log.
     """
@@ -86,6 +91,7 @@ class TrialState(Struct, array_like=True, gc=False, frozen=True):
     late: int
     events: int
     position: int
+    hidden: bool
     packed_sources: bytes  # rarely read, and half as dear to read as all the rest
 
     @property
@@ -145,7 +151,7 @@ class TrialFold(Struct, array_like=True, gc=False):
         """Give the state to read, which later folds don't change."""
         created, about, status = self.created, self.about, judge(self.writers)
         return TrialState(
-            self.id, created.project, created.group, created.name,
+            self.id, created.project, created.group, created.name if about.name is None else about.name,
             created.description if about.description is None else about.description,
             created.version, created.attempt,
             status.view, status.raw, status.error,
@@ -156,7 +162,7 @@ class TrialFold(Struct, array_like=True, gc=False):
             tuple(about.charts), tuple(about.tables), tuple(about.notes),
             self.created_ns, self.started_ns, status.finished_ns, self.modified_ns,
             self._lasted(status.finished_ns),
-            self.late, self.events, self.position,
+            self.late, self.events, self.position, about.hidden,
             _encoder.encode(self.sources),
         )  # fmt: skip
 
@@ -271,10 +277,10 @@ def _apply(trial: TrialFold, stored: StoredEvent) -> TrialFold:
             return _set_params(trial, event)
         case (
             DescriptionSet() | TagsAdded() | TagsRemoved() | MetadataSet() | NoteAdded()
-            | ChartAdded() | TableAdded() | InputMarked() | OutputMarked()
+            | ChartAdded() | TableAdded() | InputMarked() | OutputMarked() | TrialRenamed() | Hidden() | Restored()
         ):  # fmt: skip
             return _tell(trial, stored.time_ns, event)
-        case ProjectCreated() | GroupCreated() | Heartbeat():
+        case ProjectCreated() | GroupCreated() | Heartbeat() | AttemptClaimed():
             return trial
 
 

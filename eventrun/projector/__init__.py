@@ -60,14 +60,25 @@ _DROP_TRIAL = (
     "DELETE FROM series WHERE trial = ?",
     "DELETE FROM snapshots WHERE trial = ?",
     "DELETE FROM folds WHERE trial = ?",
+    "DELETE FROM facts WHERE trial = ?",
+    "DELETE FROM metrics WHERE trial = ?",
     "DELETE FROM trials WHERE number = ?",
 )
 _ANY_FOLD = "SELECT 1 FROM folds LIMIT 1"
 _NUMBER = "SELECT number FROM trials WHERE id = ?"
 _BUILT_IN = (
     """
-    SELECT id, project, grp, name, status, tags, created_ns, events, position, state, until_ns, fold
+    SELECT id, project, grp, name, status, tags, created_ns, events, position, raw_status, error, description,
+    version, attempt, started_ns, finished_ns, modified_ns, duration_s, hidden, state, until_ns, fold
     FROM trials JOIN folds ON trial = number ORDER BY id
+    """,
+    """
+    SELECT id, key, facts.number, text, there
+    FROM facts JOIN trials ON trial = trials.number ORDER BY id, key
+    """,
+    """
+    SELECT id, metrics.name, count, last, latest, min, max, mean
+    FROM metrics JOIN trials ON trial = trials.number ORDER BY id, metrics.name
     """,
     """
     SELECT id, series.name, count, open
@@ -82,7 +93,7 @@ _BUILT_IN = (
     SELECT id, snapshots.position, until_ns, fold
     FROM snapshots JOIN trials ON trial = number ORDER BY id, snapshots.position
     """,
-    "SELECT subject, fold FROM subjects ORDER BY subject",
+    "SELECT subject, hidden_project, fold FROM subjects ORDER BY subject",
 )
 _OWN = "SELECT key, state FROM states WHERE projection = ? AND version = ? ORDER BY key"
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from eventrun.projections import Points, Slice, SubjectFold, TrialFold, encode_state, fold
+from eventrun.events import split_subject
+from eventrun.projections import Points, Slice, SubjectFold, TrialFold, TrialState, encode_state, fold
+from eventrun.projections.facts import Fact, as_number, facts_of
 from eventrun.projector.log import Pace, between
 from eventrun.projector.series import (
     CHUNK,
@@ -54,12 +56,16 @@ _LAST_TRIAL = "SELECT coalesce(max(number), 0) FROM trials"
 _LAST_SERIES = "SELECT coalesce(max(number), 0) FROM series"
 _PUT_TRIALS = """
     INSERT OR REPLACE INTO trials
-    (number, id, project, grp, name, status, tags, created_ns, events, position, state) VALUES
+    (number, id, project, grp, name, status, tags, created_ns, events, position, raw_status, error, description,
+    version, attempt, started_ns, finished_ns, modified_ns, duration_s, hidden, state) VALUES
 """
+_PUT_FACTS = "INSERT OR REPLACE INTO facts (key, trial, number, text, there) VALUES"
+_DROP_FACT = "DELETE FROM facts WHERE key = ? AND trial = ?"
+_PUT_METRICS = "INSERT OR REPLACE INTO metrics (name, trial, count, last, latest, min, max, mean) VALUES"
 _PUT_FOLDS = "INSERT OR REPLACE INTO folds (trial, until_ns, fold) VALUES"
 _PUT_SERIES = "INSERT OR REPLACE INTO series (number, trial, name, count, open) VALUES"
 _PUT_CHUNKS = "INSERT OR REPLACE INTO chunks (number, points) VALUES"
-_PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, fold) VALUES"
+_PUT_SUBJECTS = "INSERT OR REPLACE INTO subjects (subject, hidden_project, fold) VALUES"
 _SNAPSHOT = """
     INSERT OR REPLACE INTO snapshots (trial, position, until_ns, fold)
     SELECT number, :position, until_ns, fold FROM trials JOIN folds ON trial = number
@@ -75,6 +81,9 @@ class _Trial:
         self.fold = state
         self.until_ns = until_ns
         self.points: list[dict[str, Points]] = []
+        # As `facts` and `metrics` of the views have them.
+        self.facts = facts_of(state.params, state.about.metadata, state.about.tags)
+        self.counts = {name: metric.count for name, metric in state.metrics.items()}
 
 
 class Folding:
@@ -141,7 +150,10 @@ class Folding:
     def write(self) -> None:
         """Write back all that was taken."""
         self._fold_waiting()
-        subjects = [(subject, with_crc(state.encode())) for subject, state in self._subjects.items()]
+        subjects = [
+            (subject, _hidden_project(subject, state), with_crc(state.encode()))
+            for subject, state in self._subjects.items()
+        ]
         put(self._db, _PUT_SUBJECTS, subjects)
         self._write_trials()
         self._write_points()
@@ -184,17 +196,31 @@ class Folding:
                 self._trials[trial] = _Trial(self._last_trial, TrialFold.new(trial), EVER)
 
     def _write_trials(self) -> None:
-        rows, folds = [], []
+        rows, folds, facts, metrics = [], [], [], []
         for trial in self._trials.values():
             state = trial.fold.state()
             rows.append((
                 trial.number, state.id, state.project, state.group, state.name, state.status, tag_text(state.tags),
-                state.created_ns, state.events, state.position, with_crc(encode_state(state)),
+                state.created_ns, state.events, state.position, state.raw_status, state.error, state.description,
+                state.version, state.attempt, state.started_ns, state.finished_ns, state.modified_ns, state.duration_s,
+                state.hidden,
+                with_crc(encode_state(state)),
             ))  # fmt: skip
+            facts += self._new_facts(trial, facts_of(state.params, state.metadata, state.tags))
+            metrics += _new_metrics(trial, state)
             folds.append((trial.number, trial.until_ns, with_crc(trial.fold.encode())))
             self._pace.breathe()
         put(self._db, _PUT_TRIALS, rows)
         put(self._db, _PUT_FOLDS, folds)
+        put(self._db, _PUT_FACTS, sorted(facts, key=itemgetter(0, 1)))
+        put(self._db, _PUT_METRICS, sorted(metrics, key=itemgetter(0, 1)))
+
+    def _new_facts(self, trial: _Trial, facts: dict[str, Fact]) -> list[tuple[Any, ...]]:
+        if facts == trial.facts:
+            return []
+        for key in trial.facts.keys() - facts.keys():
+            self._db.execute(_DROP_FACT, (key, trial.number))
+        return [(key, trial.number, *fact) for key, fact in facts.items() if fact != trial.facts.get(key)]
 
     def _write_points(self) -> None:
         self._points = 0
@@ -241,6 +267,28 @@ class Folding:
     def _new_series(self) -> int:
         self._last_series += 1
         return self._last_series
+
+
+def _hidden_project(subject: str, state: SubjectFold) -> str | None:
+    kind, *names = split_subject(subject)
+    return names[0] if kind == "p" and state.about.hidden else None
+
+
+def _new_metrics(trial: _Trial, state: TrialState) -> list[tuple[Any, ...]]:
+    return [
+        (
+            name,
+            trial.number,
+            m.count,
+            as_number(m.last),
+            as_number(m.latest),
+            as_number(m.min),
+            as_number(m.max),
+            as_number(m.mean),
+        )
+        for name, m in state.metrics.items()
+        if trial.counts.get(name) != m.count
+    ]
 
 
 def tag_text(tags: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from eventrun.projections import TRIALS_VERSION
 if TYPE_CHECKING:  # imported on first use
     import sqlite3
 
-SCHEMA_VERSION = 1  # raise it when views.sql or the form of a chunk changes
+SCHEMA_VERSION = 2  # raise it when views.sql or the form of a chunk changes
 BUSY_S = 60.0  # how long SQLite waits for another process by itself
 LOCK_WAIT_S = (
     60.0  # how long one rebuild waits for another; after that both go on, each to a generation of its own

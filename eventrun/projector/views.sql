@@ -28,12 +28,46 @@ CREATE TABLE trials (
     created_ns INTEGER,
     events INTEGER NOT NULL,
     position INTEGER NOT NULL,
+    raw_status TEXT NOT NULL,
+    error TEXT,
+    description TEXT NOT NULL,
+    version TEXT,
+    attempt INTEGER NOT NULL,
+    started_ns INTEGER,
+    finished_ns INTEGER,
+    modified_ns INTEGER,
+    duration_s REAL,
+    hidden INTEGER NOT NULL,
     state BLOB NOT NULL
 );
 CREATE INDEX trials_by_time ON trials (created_ns, id);
 CREATE INDEX trials_by_name ON trials (name);
 CREATE INDEX trials_by_group ON trials (project, grp, created_ns, id);
 CREATE INDEX trials_by_position ON trials (position);
+
+-- Params, metadata and tags, to filter by: "params/opt/lr" and its value, as a number or a text. `there` is 0 for None;
+-- what is neither number nor text is there and has no value. A key's rows of all trials lie together.
+CREATE TABLE facts (
+    key TEXT NOT NULL,
+    trial INTEGER NOT NULL,
+    number,
+    text TEXT,
+    there INTEGER NOT NULL,
+    PRIMARY KEY (key, trial)
+) WITHOUT ROWID;
+
+-- The same of metrics' statistics; what isn't a number is NULL.
+CREATE TABLE metrics (
+    name TEXT NOT NULL,
+    trial INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    last,
+    latest,
+    min,
+    max,
+    mean,
+    PRIMARY KEY (name, trial)
+) WITHOUT ROWID;
 
 -- What is needed to go on folding a trial, and the latest time of its events; apart from `trials`, because listings never read it.
 CREATE TABLE folds (
@@ -70,6 +104,7 @@ CREATE TABLE chunks (
 -- The own events of groups and projects.
 CREATE TABLE subjects (
     subject TEXT PRIMARY KEY,
+    hidden_project TEXT, -- the project's name if this is a project that is hidden
     fold BLOB NOT NULL
 );
 

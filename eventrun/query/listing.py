@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from eventrun.errors import Ambiguous, InvalidValue, NotFound
+from eventrun.filters import Condition, compile_sql, prepare
 from eventrun.projections import TrialState, decode_state
 from eventrun.projector import Views
 from eventrun.projector.catchup import find, tag_text
@@ -33,6 +34,9 @@ _CONDITIONS = {
     "tag": "instr(tags, :tag) > 0",
     "name": "name = :name",
 }
+_SHOWN = (
+    "NOT hidden AND project NOT IN (SELECT hidden_project FROM subjects WHERE hidden_project IS NOT NULL)"
+)
 _AFTER = "(created_ns, id) > (:created_ns, :id)"
 _BEFORE = "(created_ns, id) < (:created_ns, :id)"
 _ANY = "1"
@@ -52,7 +56,7 @@ _BY_NAME = "SELECT id FROM trials WHERE name = :text ORDER BY created_ns, id"
 _BY_PREFIX = "SELECT id FROM trials WHERE id >= :text AND id < :text || char(0x10ffff) ORDER BY id"
 _UNINDEXED = "SELECT 1 FROM trials NOT INDEXED WHERE id = :text OR name = :text"
 _DESCRIBE = "SELECT id, project, grp, name FROM wanted JOIN trials ON id = column1"
-_NEWEST = "SELECT id FROM trials ORDER BY created_ns DESC, id DESC LIMIT 1"
+_NEWEST = "SELECT id FROM trials WHERE {conditions} ORDER BY created_ns DESC, id DESC LIMIT 1"
 _NEWEST_NAMES = "SELECT name FROM trials ORDER BY created_ns DESC, id DESC LIMIT ?"
 
 
@@ -64,6 +68,8 @@ class Choice(NamedTuple):
     status: str | None = None
     tag: str | None = None
     name: str | None = None
+    where: Condition | None = None
+    hidden: bool = True  # hidden ones too
 
     def checked(self) -> Choice:
         """Return it. Raises InvalidValue for an unknown status."""
@@ -74,22 +80,26 @@ class Choice(NamedTuple):
     def holds(self, state: TrialState) -> bool:
         """Tell whether a trial is chosen."""
         return (
-            self.project in (None, state.project)
+            (self.hidden or not state.hidden)
+            and self.project in (None, state.project)
             and self.group in (None, state.group)
             and self.status in (None, state.status)
             and self.name in (None, state.name)
             and (self.tag is None or self.tag in state.tags)
-        )
+        )  # `where` is read from other tables than these columns
 
     def sql(self, *more: str) -> str:
         """Give the conditions; the parameters are `bound`."""
         own = [text for field, text in _CONDITIONS.items() if getattr(self, field) is not None]
-        return " AND ".join(filter(None, [*own, *more])) or _ANY
+        where = "" if self.where is None else compile_sql(self.where).text
+        shown = "" if self.hidden else _SHOWN
+        return " AND ".join(filter(None, [*own, where, shown, *more])) or _ANY
 
     def bound(self) -> dict[str, Any]:
         """Give the parameters of `sql`."""
         tag = None if self.tag is None else tag_text([self.tag])
-        return {**self._asdict(), "tag": tag}
+        own = {field: getattr(self, field) for field in _CONDITIONS}
+        return {**own, "tag": tag, **(compile_sql(self.where).bound if self.where is not None else {})}
 
 
 ANY_TRIAL = Choice()
@@ -147,6 +157,7 @@ def _page(
     db: sqlite3.Connection,
 ) -> list[TrialState]:
     """Read a page. Raises DamagedView."""
+    prepare(db)
     bound = {**choice.bound(), "limit": size, "offset": offset, "id": ""}
     more = ""
     if before is not None:
@@ -309,7 +320,7 @@ def resolve(db: sqlite3.Connection, text: str) -> str:
     Raises NotFound with near names, Ambiguous with the candidates.
     """
     if text == LATEST:
-        row = db.execute(_NEWEST).fetchone()
+        row = db.execute(_NEWEST.format(conditions=_SHOWN)).fetchone()
         if row is None:
             raise NotFound("there is no trial yet")
         return str(row[0])

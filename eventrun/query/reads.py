@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from eventrun.codec import ChainChecker, StoredEvent
 from eventrun.errors import NotFound
 from eventrun.events import group_subject, project_subject, split_subject, trial_subject
+from eventrun.filters import Condition
 from eventrun.pending import Page
 from eventrun.projections import GroupState, ProjectState, SubjectFold, TrialState, group_state, project_state
 from eventrun.projector import Views
@@ -39,7 +40,9 @@ _CHUNKS = "SELECT points FROM chunks WHERE number >= ? AND number < ? ORDER BY n
 _GROUPS = "SELECT DISTINCT project, grp FROM trials"
 _SUBJECTS = "SELECT subject FROM subjects"
 _SUBJECT = "SELECT fold FROM subjects WHERE subject = ?"
-_TRIALS_OF = "SELECT state FROM trials WHERE project = :project AND (:grp IS NULL OR grp = :grp)"
+_TRIALS_OF = (
+    "SELECT state FROM trials WHERE project = :project AND (:grp IS NULL OR grp = :grp) AND NOT hidden"
+)
 
 
 class Reads:
@@ -63,17 +66,21 @@ class Reads:
         status: str | None = None,
         tag: str | None = None,
         name: str | None = None,
+        where: Condition | None = None,
+        hidden: bool = False,
         order_by: str | None = None,
         limit: int | None = None,
         offset: int = 0,
         fresh: bool = True,
     ) -> Page[TrialState]:
-        """List trials, in the order of their creation or of `order_by` ("-" reverses), missing values last.
+        """List trials in the order of their creation or of `order_by` ("-" reverses), missing values last.
+
+        Hidden ones, and those of hidden projects, are there only with `hidden`.
 
         Raises InvalidValue.
         """
         if isinstance(cursor, int):
-            choice = Choice(project, group, status, tag, name)
+            choice = Choice(project, group, status, tag, name, where, hidden)
             cursor = pages(self.views, choice, order_by, limit, offset, fresh)
         return _page(cursor)
 
@@ -128,19 +135,29 @@ class Reads:
 
     # groups and projects -------------------------------------------------------------------------------------
 
-    def groups(self, cursor: Any = 0, *, project: str | None = None, fresh: bool = True) -> Page[GroupState]:
-        """List groups by project and name, each with a summary of its trials."""
+    def groups(
+        self, cursor: Any = 0, *, project: str | None = None, hidden: bool = False, fresh: bool = True
+    ) -> Page[GroupState]:
+        """List groups by project and name, each with a summary of its trials that aren't hidden."""
         if isinstance(cursor, int):
             found = self.views.read(_groups, fresh=fresh)
             wanted = [pair for pair in found if pair[1] and project in (None, pair[0])]
-            cursor = _in_pages(self._group(*pair) for pair in wanted)
+            cursor = _in_pages(_shown((self._group(*pair) for pair in wanted), hidden))
         return _page(cursor)
 
-    def projects(self, cursor: Any = 0, *, fresh: bool = True) -> Page[ProjectState]:
-        """List projects by name, each with a summary of its trials."""
+    def group(self, project: str, name: str, *, fresh: bool = True) -> GroupState:
+        """Return the state of one group. Raises NotFound."""
+        self.views.read(_groups, fresh=fresh)
+        found = self._group(project, name)
+        if found is None:
+            raise NotFound(f"there is no group {name!r} in project {project!r}")
+        return found
+
+    def projects(self, cursor: Any = 0, *, hidden: bool = False, fresh: bool = True) -> Page[ProjectState]:
+        """List projects by name, each with a summary of its trials that aren't hidden."""
         if isinstance(cursor, int):
             names = sorted({project for project, _ in self.views.read(_groups, fresh=fresh)})
-            cursor = _in_pages(map(self._project, names))
+            cursor = _in_pages(_shown(map(self._project, names), hidden))
         return _page(cursor)
 
     def _group(self, project: str, group: str) -> GroupState | None:
@@ -220,6 +237,14 @@ def _state(db: sqlite3.Connection, trial: str) -> TrialState:
 def _page(pages: Iterator[list[T]]) -> Page[T]:
     items = next(pages, None)
     return ([], None) if items is None else (items, pages)
+
+
+S = TypeVar("S", GroupState, ProjectState)
+
+
+def _shown(states: Iterable[S | None], hidden: bool) -> Iterator[S | None]:
+    for state in states:
+        yield None if state is not None and state.hidden and not hidden else state
 
 
 def _in_pages(found: Iterable[T | None]) -> Iterator[list[T]]:
