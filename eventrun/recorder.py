@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
-from eventrun.clock import time_ns
+from eventrun.clock import monotonic_ns, time_ns
 from eventrun.codec import NO_DIGEST, Batch, Stream, digest, encode, seal
 from eventrun.errors import Closed, StoreError, StoreUnavailable
-from eventrun.events import Event
+from eventrun.events import Event, Heartbeat
 from eventrun.filesystems import file_system
 from eventrun.journal import DAMAGED_SUFFIX, Chunk, Journal, JournalFolder, new_journal
 from eventrun.journal.segments import Segment
 from eventrun.pending import Pending
-from eventrun.portal import Portal
+from eventrun.portal import Portal, aside
 from eventrun.recovery import RecoveryReport, recover_dead_writers, say_end
 from eventrun.stores.base import Store
 
@@ -40,6 +40,7 @@ BATCH_BYTES = 1 << 20  # about the most that one batch holds, unpacked
 COMMIT_BYTES = 16 << 20  # about the most that one append holds, unpacked
 PACKED_PER_COMMIT = 64  # zlib gives up the GIL; a busy main thread makes each return cost up to 5 ms
 SETTLE_BYTES = 32 << 20  # unpacked bytes between two settlings of the store
+HEARTBEAT_S = 10.0  # how often a running trial shows that it lives, when nothing else is recorded of it
 UPKEEP_S = 0.1  # how often journals are looked after, also while the store keeps an append waiting
 RESCUE_S = 1.0  # how often files are tried again for what lies in memory alone
 RESIDENT_BYTES = 64 << 20  # about the most that mapped journals take of this process's memory
@@ -138,6 +139,7 @@ class Recorder:
         self.portal = portal
         self.linger_ms = linger_ms
         self.close_timeout_s = close_timeout_s
+        self.heartbeat_s = HEARTBEAT_S
         self._open_store = open_store
         self._running = running  # tells the subjects of trials that nobody has ended
         self._on_fork = forked  # tells the client, and gives what of its own must stay referenced
@@ -171,6 +173,8 @@ class Recorder:
             ("durable", "batches", "commits", "failed_commits", "settled", "recovered"), 0
         )
         self._last_error: str | None = None
+        self._heard: dict[str, int] = {}  # events of each running trial when its heart was listened to
+        self._beat_at = 0
 
     def _new_folder(self, path: Path | None) -> JournalFolder:
         return JournalFolder(path, mapped=self._mapped)
@@ -302,6 +306,10 @@ class Recorder:
             try:
                 self._prepare()
                 await self._trim()
+                if monotonic_ns() >= self._beat_at:
+                    self._beat_at = monotonic_ns() + int(self.heartbeat_s * 1e9)
+                    # Not on this thread: who records may have to wait for a caller, and a caller for this thread.
+                    aside(self._beat)
                 if self._folder.unsaved and since_rescue_s >= RESCUE_S:
                     since_rescue_s = 0.0
                     self._rescue()
@@ -309,6 +317,16 @@ class Recorder:
                         self._begin_settling()
             except Exception as error:  # noqa: BLE001 - of the one place: it is tried again
                 self._last_error = str(error) or repr(error)
+
+    def _beat(self) -> None:
+        """Record a heartbeat of each running trial of which nothing was recorded since the last time."""
+        heard: dict[str, int] = {}
+        for subject in self._running():
+            recording = self.stream(subject)
+            if self._heard.get(subject) == recording.recorded and not self._closed:
+                recording.record(Heartbeat(self.heartbeat_s))
+            heard[subject] = recording.recorded
+        self._heard = heard
 
     def _rescue(self) -> None:
         for _, journal in self._open_journals():

@@ -14,6 +14,7 @@ import pytest
 
 import eventrun
 from eventrun.errors import AlreadyExists, InvalidValue, NotFound
+from eventrun.events import Heartbeat
 
 MANY = 20  # processes
 
@@ -208,6 +209,26 @@ def test_many_processes_take_each_trial_once(tmp_path: Path) -> None:
             client.trial("p", params={"n": n})
     taken = Counter(n for got in many(TAKE, str(tmp_path / "runs")) for n in got)
     assert taken == Counter(range(500))
+
+
+def test_a_silent_trial_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A running trial of which nothing else is recorded has heartbeats; one that is created or finished has none."""
+    monkeypatch.setattr("eventrun.recorder.HEARTBEAT_S", 0.2)
+    with eventrun.open(tmp_path / "runs", quiet=True) as client:
+        client.trial("p", name="waits")
+        with client.trial("p", name="done") as done:
+            done.log(loss=1)
+        with client.trial("p", name="silent") as silent:
+            silent.log(loss=1)
+            found: set[str] = set()
+            for stored in client.tail(after=0):
+                if isinstance(stored.event, Heartbeat):
+                    found.add(stored.stream.subject)
+                    break
+        assert found == {f"t/{silent.id}"}
+        beats = [stored.stream.subject for stored in client.events() if isinstance(stored.event, Heartbeat)]
+        assert set(beats) == {f"t/{silent.id}"}
+        assert client.get("silent").result().status == "completed"
 
 
 LOSE = """
