@@ -371,8 +371,14 @@ def store_error(error: sqlite3.Error, file: Path) -> StoreError:
 
     code = _code(error)
     text = f"{error} ({getattr(error, 'sqlite_errorname', type(error).__name__)})"
-    # An OperationalError without a code comes from sqlite3 itself: text that is not UTF-8.
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (not code and "decode" in text):
+    # An OperationalError without a code comes from sqlite3 itself: text that is not UTF-8. And no statement of ours
+    # names a table or column that isn't there, unless a byte of the schema's text has changed.
+    odd_schema = code == sqlite3.SQLITE_ERROR and text.startswith(("no such", "table", "malformed"))
+    if (
+        code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        or odd_schema
+        or (not code and "decode" in text)
+    ):
         return LogDamaged(f"{file} is damaged: {text}; {SALVAGE}", (f"{file}: {text}",))
     advice = {
         sqlite3.SQLITE_BUSY: f"another process has held it for {BUSY_S:g} s; look for one that hangs",
