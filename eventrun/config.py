@@ -41,7 +41,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **arguments: Any) ->
     for name, (value, source) in layers.items():
         try:
             msgspec.convert({name: value}, Settings, strict=False)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter: bytes that are no text
             raise InvalidValue(f"the setting {name!r} from {source} can't be used: {error}") from error
     settings = msgspec.convert({name: value for name, (value, _) in layers.items()}, Settings, strict=False)
     for name in ("linger_ms", "close_timeout_s"):

@@ -36,7 +36,7 @@ def run_and_kill(
 ) -> str:
     """Have a process log so often (`far`: without a flush, more than a journal's first file holds), kill it, and
     return what it said."""
-    flush_every, item_bytes = (0, 2000) if far else (1000, 20)
+    flush_every, item_bytes = (0, 20_000) if far else (1000, 20)
     command = run.command(store, prelude=prelude, flush_every=flush_every, item_bytes=item_bytes)
     process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True)
     wait_for_calls(run, process, calls)
