@@ -39,7 +39,7 @@ BATCH_BYTES = 1 << 20  # about the most that one batch holds, unpacked
 APPEND_BYTES = 8 << 20  # about the most that is held before it is appended, unpacked
 CLAIMS = 0  # the writer of claim streams
 REPORT_EVENTS = 1000  # how often progress is told
-SUBJECT_KINDS = ("t", "g", "p", "s")
+SUBJECT_KINDS = ("t", "g", "p", "s", "c")
 
 Progress = Callable[[int], object]
 
