@@ -224,11 +224,11 @@ def _slots(path: Path, problems: list[str], torn: bool) -> Iterator[Found]:
         if length < whole and not torn:  # after a power loss files may be shorter than they were
             problems.append(f"{path.name} is cut off: {whole - length:,} of its {whole:,} bytes are missing")
         base = 0
+        nothing = bytes(size)  # comparing takes a twentieth of the time of strip()
         while slot := file.read(size):
             # Where pages are missing, a slot that was given back may have kept some that are not its first.
-            vacant = slot[: HEAD.size] == HEAD.pack(VACANT) or not slot[: RING_AT if torn else None].strip(
-                b"\0"
-            )
+            looked_at = slot[:RING_AT] if torn else slot
+            vacant = slot[: HEAD.size] == HEAD.pack(VACANT) or looked_at == nothing[: len(looked_at)]
             if not vacant:
                 try:
                     yield _read_header(path, base, size, slot)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -178,7 +178,7 @@ def logged(client: eventrun.Client) -> dict[str, list[object]]:
     return {names.get(subject, subject): found for subject, found in values.items()}
 
 
-def tally(store: Path | str, runs: Iterable[Run], *, durable: bool = False, verify: bool = True) -> Tally:
+def tally(store: Path | str, runs: Sequence[Run], *, durable: bool = False, verify: bool = True) -> Tally:
     """Open the store as a user would, and hold what it gives back against the oracle's counts.
 
     Acknowledged is each log call that has returned, or with `durable` (after a power loss) what was flushed.
@@ -187,10 +187,10 @@ def tally(store: Path | str, runs: Iterable[Run], *, durable: bool = False, veri
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the same texts are in the report
         with eventrun.open(store, quiet=True) as client:
-            reported = list(client.recovery().result(LONG_S).problems)
+            reported = list(client.recovery().result(LONG_S + 2 * len(runs)).problems)
             found = logged(client)
             if verify:
-                reported += map(str, client.verify().result(LONG_S).problems)
+                reported += map(str, client.verify().result(LONG_S + 2 * len(runs)).problems)
     for run in runs:
         for trial, (returned, flushed) in enumerate(run.counted()):
             values = found.get(f"{run.name}-{trial}", [])
