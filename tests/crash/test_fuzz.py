@@ -58,7 +58,7 @@ from tests.crash.test_formats import GOLDEN_JOURNAL_V1, little_endian
 from tests.test_codec import framed
 from tests.test_golden import EXPECTED_V1
 
-EXAMPLES = rounds(60, 20_000)
+EXAMPLES = rounds(40, 20_000)
 fuzzing = settings(
     max_examples=EXAMPLES, deadline=None, database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

@@ -52,7 +52,7 @@ def kill_often(store: Path, counts: Path, times: int, prelude: str = "") -> list
 @pytest.mark.crash
 def test_kills_lose_nothing(tmp_path: Path, table: Table) -> None:
     """After SIGKILLs in the middle of logging and of recovering, each event whose call had returned is there, once."""
-    times = rounds(15, 1000)
+    times = rounds(10, 1000)
     runs = kill_often(tmp_path / "runs", tmp_path, times)
     found = tally(tmp_path / "runs", runs)
     table.add(2, "SIGKILL at random moments, one store", times, found)

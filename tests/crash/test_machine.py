@@ -509,7 +509,7 @@ def test_any_sequence_of_calls_and_kills(table: Table) -> None:
     class Whole(Machine):
         total = Tally()
 
-    examples = rounds(12, 1000)
+    examples = rounds(8, 1000)
     chosen = settings(
         max_examples=examples, stateful_step_count=STEPS, deadline=None, database=None, derandomize=not FULL,
         suppress_health_check=list(HealthCheck), print_blob=True,
