@@ -26,17 +26,20 @@ MAX_NAME_BYTES = 10_240  # of a project's, group's or trial's name, as UTF-8
 
 
 class Subject:
-    """What the events of a stream are about."""
+    """What the events of a stream are about: a trial, a group or a project."""
+
+    def __init__(self, record: Callable[[Event], None]) -> None:
+        self._record = record
 
     def record(self, event: Event) -> None:
         """Record any event about it; the other methods are the usual way."""
-        raise NotImplementedError
+        self._record(event)
 
     def set_metadata(self, metadata: Mapping[str, Any] | None = None, /, **named: Any) -> None:
         """Set metadata by key."""
         metadata = {**mapping_of(metadata or {}, "metadata"), **named}
         if metadata:
-            self.record(MetadataSet(plain(metadata, "metadata")))
+            self._record(MetadataSet(plain(metadata, "metadata")))
 
     def add_tags(self, *names: str, **tags: Any) -> None:
         """Add tags: names alone, or with a value: `add_tags("good", owner="x")`."""
@@ -45,64 +48,56 @@ class Subject:
             {checked_name(name, "a tag"): plain(value, f"tag {name!r}") for name, value in tags.items()}
         )
         if found:
-            self.record(TagsAdded(found))
+            self._record(TagsAdded(found))
 
     def remove_tags(self, *names: str) -> None:
         """Remove tags; those that aren't there are ignored."""
         if names:
-            self.record(TagsRemoved([checked_name(name, "a tag") for name in names]))
+            self._record(TagsRemoved([checked_name(name, "a tag") for name in names]))
 
     def set_description(self, description: str) -> None:
         """Set the description."""
-        self.record(DescriptionSet(text_of(description, "the description")))
+        self._record(DescriptionSet(text_of(description, "the description")))
 
     def add_note(self, text: str) -> None:
         """Add a note; notes are kept with their time."""
-        self.record(NoteAdded(text_of(text, "the note")))
+        self._record(NoteAdded(text_of(text, "the note")))
 
     def add_chart(self, spec: Mapping[str, Any], name: str | None = None) -> None:
         """Add a Vega or Vega-Lite specification."""
         name = None if name is None else checked_name(name, "a chart's name")
-        self.record(ChartAdded(plain(mapping_of(spec, "a chart"), "chart"), name))
+        self._record(ChartAdded(plain(mapping_of(spec, "a chart"), "chart"), name))
 
     def hide(self, reason: str = "") -> None:
         """Don't show it any more, a project with all its trials; nothing is removed, and `restore` undoes it."""
-        self.record(Hidden(text_of(reason, "the reason")))
+        self._record(Hidden(text_of(reason, "the reason")))
 
     def restore(self) -> None:
         """Show it again."""
-        self.record(Restored())
+        self._record(Restored())
 
 
 class Project(Subject):
     """The widest namespace. Made by `client.project(...)`."""
 
     def __init__(self, name: str, record: Callable[[Event], None]) -> None:
+        super().__init__(record)
         self.name = name
-        self._record = record
 
     def __repr__(self) -> str:
         return f"<Project {self.name!r}>"
-
-    def record(self, event: Event) -> None:
-        """Record any event about it; the other methods are the usual way."""
-        self._record(event)
 
 
 class Group(Subject):
     """Trials compared together, within a project. Made by `client.group(...)`."""
 
     def __init__(self, project: str, name: str, record: Callable[[Event], None]) -> None:
+        super().__init__(record)
         self.project = project
         self.name = name
-        self._record = record
 
     def __repr__(self) -> str:
         return f"<Group {self.name!r} of {self.project!r}>"
-
-    def record(self, event: Event) -> None:
-        """Record any event about it; the other methods are the usual way."""
-        self._record(event)
 
 
 def checked_name(value: Any, what: str) -> str:

@@ -91,6 +91,7 @@ class Trial(Subject):
         name: str,
         resumed: bool,
     ) -> None:
+        super().__init__(recording.record)
         self.id = trial_id
         self.project = project
         self.group = group
@@ -98,7 +99,6 @@ class Trial(Subject):
         self.resumed = resumed
         self.attempt = 1  # the n-th trial of its configuration, see `client.declare`
         self._owner = owner
-        self._record = recording.record
         self._recording = recording
         self._lock = RLock()  # reentrant: a signal handler may finish the trial that this thread just begins
         self._started = False
@@ -285,10 +285,6 @@ class Trial(Subject):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.__exit__(kind, error, trace)
-
-    def record(self, event: Event) -> None:
-        """Record any event in this trial's stream; the methods above are the usual way."""
-        self._record(event)
 
 
 class Chrono:
