@@ -9,7 +9,7 @@ from eventrun.client.checks import TrialLike, check_between, check_choice, key_o
 from eventrun.pending import Pending, Query
 
 if TYPE_CHECKING:
-    from eventrun.client import Client
+    from eventrun.client.asking import Asking
     from eventrun.codec import StoredEvent
     from eventrun.projections import GroupState, ProjectState, TrialState
     from eventrun.query import Series
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Past:
     """The store as it was at a position or a time: the read methods of `Client`. Made by `client.at(...)`."""
 
-    def __init__(self, client: Client, reader: Callable[[], Any]) -> None:
+    def __init__(self, client: Asking, reader: Callable[[], Any]) -> None:
         self._client = client
         self._at = reader
 
